@@ -1,0 +1,69 @@
+"""metaint reads a transformer through its TransformerLens hooks and tells what its heads do.
+
+    import metaint
+    model = metaint.open_model("gpt2")
+    scan = metaint.scan(model)
+    metaint.label_heads(scan)
+
+Names are loaded when first used, so that importing metaint costs little.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+try:
+    __version__ = version("metaint")
+except PackageNotFoundError:  # run from a source folder that was never installed
+    __version__ = "0+unknown"
+
+if TYPE_CHECKING:
+    from metaint import measures, tasks
+    from metaint.errors import (
+        ActivationError,
+        HookAuditError,
+        InputError,
+        MetaintError,
+        ModelError,
+        StoreError,
+    )
+    from metaint.labels import label_heads
+    from metaint.measures.attention import kind, statistic
+    from metaint.models.audit import audit
+    from metaint.models.open import open_model
+    from metaint.probes.heads import HeadProbe
+    from metaint.probes.probe import Probe
+    from metaint.scan import attach, read_cache, scan
+    from metaint.store import load, save
+
+_HOMES = {
+    "metaint.errors": (
+        "ActivationError", "HookAuditError", "InputError", "MetaintError", "ModelError", "StoreError",
+    ),
+    "metaint.labels": ("label_heads",),
+    "metaint.measures.attention": ("kind", "statistic"),
+    "metaint.models.audit": ("audit",),
+    "metaint.models.open": ("open_model",),
+    "metaint.probes.heads": ("HeadProbe",),
+    "metaint.probes.probe": ("Probe",),
+    "metaint.scan": ("attach", "read_cache", "scan"),
+    "metaint.store": ("load", "save"),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_ROOMS = ("measures", "tasks")
+__all__ = sorted([*_HOME, *_ROOMS, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        found = getattr(import_module(_HOME[name]), name)
+    elif name in _ROOMS:
+        found = import_module(f"metaint.{name}")
+    else:
+        raise AttributeError(f"module 'metaint' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,173 @@
+"""Names for heads: a label needs an effect, and a margin over uniform attention and over the null."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from metaint.errors import InputError
+
+# Smallest score that earns each label. A head can earn several.
+THRESHOLDS: dict[str, float] = {
+    "previous-token": 0.4,
+    "induction": 0.4,
+    "duplicate-token": 0.4,
+    "sink": 0.5,
+    "local": 0.6,
+    "averaging": 0.8,
+    "argmax": 0.8,
+}
+MARGIN, DEVIATIONS = 0.1, 3.0
+# An averaging head departs from uniform at most this fraction of how far the model's typical head does.
+TYPICAL_DEPARTURE = 0.25
+COLUMNS = [
+    "head", "label", "score", "uniform", "null_mean", "null_std", "margin", "low", "high", "on_first", "layer", "index",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Score of one label at every head, with what it is held against; each an array (layer, head)."""
+
+    score: np.ndarray
+    uniform: np.ndarray
+    null_mean: np.ndarray
+    null_std: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    allowed: np.ndarray
+
+    @property
+    def margin(self) -> np.ndarray:
+        """Score minus the larger of its baselines; for averaging, whose ideal is uniform, minus the typical head."""
+        return self.score - np.fmax(np.where(np.isnan(self.null_mean), -np.inf, self.null_mean), self.uniform)
+
+
+def label_heads(
+    scan: xr.DataTree | xr.Dataset,
+    thresholds: Mapping[str, float] | None = None,
+    *,
+    margin: float = MARGIN,
+    deviations: float = DEVIATIONS,
+) -> pd.DataFrame:
+    """Label every head of a scan; one row for each head and label, and label "none" where a head earns none.
+
+    A label needs: a score of at least its threshold (`THRESHOLDS`, changed by `thresholds`); `margin` above what
+    uniform attention scores on the same tokens and above the null mean; `deviations` null deviations above the null
+    mean; and, given two sequences or more, a bootstrap interval above both. What each label reads:
+
+    - `previous-token`, `duplicate-token`: the scores of those names.
+    - `induction`: the stripe on repeated tokens; where the tokens do not repeat, `prefix_match`.
+    - `sink`: `first_token`.
+    - `local`: `local_mass`, unless more than half of it is on the previous or the current token alone.
+    - `averaging`: uniform is the ideal here and also what an untrained head does, so the null is the model's typical
+      head (the median over heads with the same attention window): an averaging head departs from uniform at most a
+      quarter as far. A model whose heads all average alike gets no such label.
+    - `argmax`: `max_weight`, with at most two keys within 0.1 of the top log weight; a shape, so against uniform only.
+
+    Columns: head ("5.1"), label, score, uniform, null_mean, null_std, margin, low, high (95 % interval), on_first (the
+    weight on position 0), layer, index. Raises InputError if the scan has no `/heads` or `thresholds` an unknown name.
+    """
+    heads = heads_of(scan)
+    limits = {**THRESHOLDS, **(thresholds or {})}
+    unknown = sorted(set(limits) - set(THRESHOLDS))
+    if unknown:
+        raise InputError(f"thresholds names {unknown[0]!r}: the labels are {', '.join(THRESHOLDS)}.")
+    rows = []
+    earned = np.zeros((heads.sizes["layer"], heads.sizes["head"]), dtype=bool)
+    on_first = _values(heads, "first_token")
+    for label, found in evidence(heads).items():
+        if label == "averaging":
+            enough = found.score >= limits[label]
+        else:
+            floor = np.fmax(found.uniform, np.nan_to_num(found.null_mean, nan=-np.inf))
+            spread = np.nan_to_num(found.null_std, nan=0.0) * deviations
+            enough = (found.score >= limits[label]) & (found.score - floor >= margin)
+            enough &= found.score >= np.nan_to_num(found.null_mean, nan=-np.inf) + spread
+            enough &= np.isnan(found.low) | (found.low > floor)
+        enough &= found.allowed
+        earned |= enough
+        rows += [_row(i, j, label, found, on_first) for i, j in np.argwhere(enough)]
+    rows += [_row(i, j, "none", None, on_first) for i, j in np.argwhere(~earned)]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.sort_values(["layer", "index", "margin"], ascending=[True, True, False], ignore_index=True)
+
+
+def heads_of(scan: xr.DataTree | xr.Dataset) -> xr.Dataset:
+    """The `/heads` dataset of a scan, or the dataset itself; InputError if there is none."""
+    found = scan
+    if isinstance(scan, xr.DataTree):
+        if "heads" not in scan.children:
+            raise InputError("scan has no /heads group: scan with a HeadProbe.")
+        found = scan["heads"].to_dataset()
+    if "layer" not in found.dims or not found.data_vars:
+        raise InputError("scan holds no heads: nothing was read yet.")
+    return found  # type: ignore[return-value]
+
+
+def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
+    """What each label rests on, for the labels whose measures the scan holds."""
+    found = {}
+    sources = {"previous-token": "previous_token", "duplicate-token": "duplicate_token", "sink": "first_token"}
+    for label, name in sources.items():
+        if name in heads:
+            found[label] = _evidence(heads, name)
+    stripe = "induction" in heads and float(heads["induction_count"].max()) > 0
+    name = "induction" if stripe else "prefix_match"
+    if name in heads:
+        found["induction"] = _evidence(heads, name)
+    if {"local_mass", "previous_token", "current_token"} <= set(heads):
+        one = np.fmax(_values(heads, "previous_token"), _values(heads, "current_token"))
+        found["local"] = _evidence(heads, "local_mass", one <= _values(heads, "local_mass") / 2)
+    if "averaging" in heads:
+        score = _values(heads, "averaging")
+        null = typical, _ = _typical(score, heads)
+        found["averaging"] = _evidence(heads, "averaging", 1 - score <= TYPICAL_DEPARTURE * (1 - typical), null)
+    if {"max_weight", "tied_keys"} <= set(heads):
+        few = heads["tied_keys"].sel(tau=0.1, method="nearest").transpose("layer", "head").values <= 2
+        found["argmax"] = _evidence(heads, "max_weight", few)
+    return found
+
+
+def _typical(score: np.ndarray, heads: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Median and spread of a score over the heads whose layers have the same attention window."""
+    median, spread = np.empty_like(score), np.empty_like(score)
+    windows = heads["window"].values if "window" in heads.coords else np.zeros(len(score))
+    for window in np.unique(windows):
+        layers = windows == window
+        median[layers], spread[layers] = np.nanmedian(score[layers]), np.nanstd(score[layers])
+    return median, spread
+
+
+def _evidence(
+    heads: xr.Dataset,
+    name: str,
+    allowed: np.ndarray | None = None,
+    null: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Evidence:
+    score = _values(heads, name)
+    mean, deviation = null or (_values(heads, f"{name}_null_mean"), _values(heads, f"{name}_null_std"))
+    uniform, low, high = (_values(heads, f"{name}_{part}") for part in ("uniform", "low", "high"))
+    if null is not None:
+        uniform = np.full(score.shape, -np.inf)
+    everywhere = np.ones(score.shape, dtype=bool)
+    return Evidence(score, uniform, mean, deviation, low, high, everywhere if allowed is None else allowed)
+
+
+def _values(heads: xr.Dataset, name: str) -> np.ndarray:
+    if name not in heads:
+        return np.full((heads.sizes["layer"], heads.sizes["head"]), np.nan)
+    return heads[name].transpose("layer", "head").values
+
+
+def _row(i: int, j: int, label: str, found: Evidence | None, on_first: np.ndarray) -> dict[str, object]:
+    row: dict[str, object] = {"head": f"{i}.{j}", "label": label, "layer": int(i), "index": int(j)}
+    row["on_first"] = float(on_first[i, j])
+    if found is not None:
+        names = ("score", "uniform", "null_mean", "null_std", "margin", "low", "high")
+        row.update({name: float(getattr(found, name)[i, j]) for name in names})
+        if label == "averaging":
+            row["uniform"] = 1.0
+    return row

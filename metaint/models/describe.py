@@ -1,0 +1,56 @@
+"""What a model is: its shape, and the facts a scan records about it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that probes need, read from `cfg` alone."""
+
+    n_layers: int
+    n_heads: int
+    causal: bool
+    # How many keys back each layer's attention reaches at most; 0 is the whole context.
+    windows: tuple[int, ...] = ()
+
+
+def shape_of(model: Any) -> Shape:
+    """The shape of any model with a TransformerLens `cfg`."""
+    cfg = model.cfg
+    causal = getattr(cfg, "attention_dir", "causal") != "bidirectional"
+    return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model))
+
+
+def windows_of(model: Any) -> tuple[int, ...]:
+    """The sliding window of each layer, 0 for none: from the Hugging Face config, or from TransformerLens's own."""
+    cfg = model.cfg
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    kinds = getattr(config, "layer_types", None) or getattr(cfg, "attn_types", None) or []
+    size = getattr(config, "sliding_window", None) or getattr(cfg, "window_size", None) or 0
+    local = [kind in ("sliding_attention", "local") for kind in kinds] or [False] * cfg.n_layers
+    return tuple(int(size) if here else 0 for here in local[: cfg.n_layers])
+
+
+def weight_processing(model: Any) -> str:
+    """"folded" where layer norms were folded into the weights, else "raw"."""
+    norm = str(getattr(model.cfg, "normalization_type", None) or "")
+    return "folded" if getattr(model, "compatibility_mode", False) or norm.endswith("Pre") else "raw"
+
+
+def facts_of(model: Any) -> dict[str, str | int]:
+    """Attributes of a scan that belong to the model: name, revision, weight processing, dtype, device, sizes."""
+    cfg = model.cfg
+    parameter = next(iter(model.parameters()), torch.empty(0))
+    return {
+        "model": str(getattr(cfg, "model_name", None) or type(model).__name__),
+        "revision": str(getattr(model, "metaint_revision", "")),
+        "weights": weight_processing(model),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
+        "n_layers": int(cfg.n_layers),
+        "n_heads": int(cfg.n_heads),
+        "attention": "causal" if shape_of(model).causal else "bidirectional",
+    }

@@ -1,0 +1,132 @@
+"""What a model is being fed: token ids, padding and cache, learnt from the owner's own forward passes."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from metaint.errors import InputError
+
+
+class Inputs(NamedTuple):
+    """One forward pass: its keys (cached ones first), which of them are real, and how many were cached."""
+
+    tokens: Int[Tensor, "batch key"] | None
+    mask: Bool[Tensor, "batch key"]
+    past: int
+
+
+class InputWatch:
+    """Follows forward passes: what came in, and what earlier passes left in a key-value cache.
+
+    `passes` grows by one with each forward pass, so that a reader knows when a new one began.
+    """
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self._new: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._past: int | None = None
+        self._resolved: Inputs | None = None
+        self._previous: Inputs | None = None
+
+    def begin(self, tokens: Tensor | None, mask: Tensor | None = None, past: int | None = None) -> None:
+        """A forward pass starts with these new tokens (None: embeddings, which have no ids)."""
+        self.passes += 1
+        self._new = tokens if tokens is None or tokens.ndim == 2 else tokens.unsqueeze(0)
+        self._mask, self._past = mask, past
+        self._previous, self._resolved = self._resolved, None
+
+    def note(self, mask: Tensor | None, past: int | None) -> None:
+        """Add what is learnt after the embedding: the padding mask and the length of the cache."""
+        self._mask = mask if mask is not None else self._mask
+        self._past = past if past is not None else self._past
+
+    def resolve(self, batch: int, queries: int, keys: int, device: torch.device) -> Inputs:
+        """The inputs of the current pass, as seen from a pattern of `queries` rows and `keys` columns."""
+        if self._resolved is None:
+            past = self._past if self._past is not None else keys - queries
+            tokens = self._with_history(self._new, past, batch)
+            self._resolved = Inputs(tokens, self._full_mask(batch, past, queries, device), past)
+        return self._resolved
+
+    def _with_history(self, new: Tensor | None, past: int, batch: int) -> Tensor | None:
+        if new is None or past == 0:
+            return new
+        before = self._previous.tokens if self._previous else None
+        if before is None or before.shape[0] != batch or before.shape[1] < past:
+            raise InputError(
+                f"this forward pass continues {past} cached positions whose tokens were never seen: "
+                "attach before the prompt's own forward pass."
+            )
+        return torch.cat([before[:, :past].to(new.device), new], dim=1)
+
+    def _full_mask(self, batch: int, past: int, queries: int, device: torch.device) -> Tensor:
+        total = past + queries
+        mask = self._mask
+        if mask is None:
+            mask = torch.ones(batch, queries, dtype=torch.bool, device=device)
+        elif mask.ndim != 2:
+            raise InputError(
+                f"attention_mask has {mask.ndim} dimensions: padding is read from a mask of shape "
+                "[batch, position] with 1 for real tokens."
+            )
+        mask = mask.to(device).bool()
+        if mask.shape[1] == queries != total:
+            before = self._previous.mask if self._previous else torch.ones(batch, past, device=device)
+            mask = torch.cat([before[:, :past].bool(), mask], dim=1)
+        if mask.shape != (batch, total):
+            raise InputError(
+                f"attention_mask has shape {tuple(mask.shape)}, but the pass has {batch} sequences of {total} "
+                "positions: give one entry for each."
+            )
+        empty = (~mask.any(-1)).nonzero().flatten().tolist()
+        if empty:
+            raise InputError(f"attention_mask hides every position of sequence {empty[0]}: drop that sequence.")
+        return mask
+
+
+@contextmanager
+def watching(model: Any) -> Iterator[InputWatch]:
+    """Watch a model's forward passes through pre-hooks on its modules, and take them off again.
+
+    The token ids come from the embedding, padding and cache from the wrapped Hugging Face model or, where there is
+    none (`HookedTransformer`), from the first attention layer.
+    """
+    watch = InputWatch()
+    outer: dict[str, Any] = {}
+
+    def on_model(_: Any, args: tuple, kwargs: dict) -> None:
+        outer.update(mask=kwargs.get("attention_mask"), past=_cached(kwargs.get("past_key_values")))
+        if kwargs.get("inputs_embeds") is not None:
+            watch.begin(None, **outer)
+
+    def on_embed(_: Any, args: tuple, kwargs: dict) -> None:
+        ids = args[0] if args else next(iter(kwargs.values()))
+        watch.begin(ids, **outer)
+
+    def on_attention(_: Any, args: tuple, kwargs: dict) -> None:
+        entry = kwargs.get("past_kv_cache_entry")
+        watch.note(kwargs.get("attention_mask"), entry.past_keys.shape[1] if entry is not None else None)
+
+    with ExitStack() as stack:
+        wrapped = getattr(model, "original_model", None)
+        if wrapped is not None:
+            handle = wrapped.register_forward_pre_hook(on_model, with_kwargs=True)
+            stack.callback(handle.remove)
+        elif hasattr(model, "blocks"):
+            handle = model.blocks[0].attn.register_forward_pre_hook(on_attention, with_kwargs=True)
+            stack.callback(handle.remove)
+        if hasattr(model, "embed"):
+            handle = model.embed.register_forward_pre_hook(on_embed, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield watch
+
+
+def _cached(past: Any) -> int | None:
+    """Length of a Hugging Face cache, as far as it says so."""
+    length = getattr(past, "get_seq_length", None)
+    return int(length()) if callable(length) else None

@@ -1,0 +1,126 @@
+"""The base of every probe: hooks that fold what they read into a small `torchmetrics` state."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+from torchmetrics import Metric
+
+from metaint.errors import HookAuditError, InputError
+from metaint.models.audit import require
+from metaint.models.describe import Shape, facts_of, shape_of
+from metaint.models.inputs import InputWatch
+
+Hook = tuple[str, Callable[..., None]]
+TOKENS_HOOK, EMBEDDING_HOOK = "embed.hook_in", "hook_embed"
+
+
+class Probe(Metric):
+    """Reads a model at `hook_names`, folding each activation into state with `update`.
+
+    A subclass names its `group` in a scan and the `audits` it relies on, says where it reads, and turns its state
+    into a labelled dataset. Adding, merging, resetting and moving state are `torchmetrics.Metric`'s own.
+    """
+
+    full_state_update = False
+    group: str = ""
+    audits: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape: Shape | None = None
+        self.facts: dict[str, str | int] = {}
+
+    def hook_names(self, shape: Shape) -> list[str]:
+        """The hook points this probe reads, by their TransformerLens names."""
+        raise NotImplementedError
+
+    def read(self, name: str, activation: Tensor, watch: InputWatch) -> None:
+        """Fold one activation into the state."""
+        raise NotImplementedError
+
+    def to_dataset(self) -> xr.Dataset:
+        """The state as labelled variables."""
+        raise NotImplementedError
+
+    def prepare(self, model: Any) -> None:
+        """Learn the model's shape and check what this probe relies on; HookAuditError if it does not hold."""
+        shape = shape_of(model)
+        if self.shape is not None and shape != self.shape:
+            raise InputError(
+                f"this {type(self).__name__} has read a model of {self.shape.n_layers} layers x {self.shape.n_heads} "
+                f"heads, and this one has {shape.n_layers} x {shape.n_heads}: use a new probe."
+            )
+        missing = [name for name in self.hook_names(shape) if name not in model.hook_dict]
+        if missing:
+            raise HookAuditError(
+                f"{type(self).__name__} reads {missing[0]}, which this model does not have: "
+                "a model without attention patterns there (state-space layers, fused attention) can't be probed."
+            )
+        require(model, self.audits)
+        self.shape, self.facts = shape, facts_of(model)
+
+    def hooks(self, model: Any, watch: InputWatch) -> list[Hook]:
+        """Read-only forward hooks for `model`, told by `watch` what the model is fed."""
+        self.prepare(model)
+        assert self.shape is not None
+        return [(name, self._reader(name, watch)) for name in self.hook_names(self.shape)]
+
+    def fwd_hooks(
+        self, model: Any, tokens: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> list[Hook]:
+        """Hooks for `model.run_with_hooks(tokens, fwd_hooks=probe.fwd_hooks(model))`.
+
+        Token ids come from the model's hook on them; `HookedTransformer` has none, so pass `tokens`. Padding can't
+        be seen from hooks: pass `attention_mask` if there is any. `metaint.attach` learns both by itself.
+        """
+        watch = InputWatch()
+
+        def begin(activation: Tensor, hook: Any) -> None:
+            watch.begin(activation if tokens is None else tokens, attention_mask)
+
+        start = TOKENS_HOOK if TOKENS_HOOK in model.hook_dict else EMBEDDING_HOOK
+        if start == EMBEDDING_HOOK and tokens is None:
+            raise InputError(
+                "tokens is missing, and this model has no hook on its token ids: "
+                "call fwd_hooks(model, tokens), or use metaint.attach."
+            )
+        return [(start, begin), *self.hooks(model, watch)]
+
+    def _reader(self, name: str, watch: InputWatch) -> Callable[..., None]:
+        def hook(activation: Tensor, hook: Any) -> None:
+            with quietly(activation.device.type):
+                self.read(name, activation.detach(), watch)
+
+        return hook
+
+    def to_scan(self, **attributes: Any) -> xr.DataTree:
+        """What was read so far as a scan with this probe's group alone."""
+        return assemble([self], **attributes)
+
+
+@contextmanager
+def quietly(device: str) -> Any:
+    """Compute in full precision and off the tape, whatever mode the owner's forward pass runs in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def assemble(probes: Sequence[Probe], **attributes: Any) -> xr.DataTree:
+    """A scan from probes: one group each, with the model's facts and further attributes at the root."""
+    import transformer_lens
+
+    from metaint import __version__
+
+    groups = {f"/{probe.group}": probe.to_dataset() for probe in probes}
+    versions = {
+        "metaint_version": __version__,
+        "transformer_lens_version": str(getattr(transformer_lens, "__version__", "")),
+        "torch_version": torch.__version__,
+    }
+    facts = probes[0].facts if probes else {}
+    root = xr.Dataset(attrs={**facts, **versions, **{k: v for k, v in attributes.items() if v is not None}})
+    return xr.DataTree.from_dict({"/": root, **groups})

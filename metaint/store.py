@@ -1,0 +1,59 @@
+"""Scans on disk: one Zarr folder each, written aside and renamed, so that an earlier result is never harmed."""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import xarray as xr
+
+from metaint.errors import StoreError
+
+
+def save(scan: xr.DataTree, path: str | Path) -> Path:
+    """Write a scan to a Zarr folder, replacing a scan that is there; StoreError if it can't be written.
+
+    A folder that is not a Zarr store is never replaced.
+    """
+    path = Path(path)
+    if path.exists() and not _is_store(path):
+        raise StoreError(f"{path} exists and is not a Zarr store: choose another name for the scan.")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Zarr 3 warns that consolidated metadata is not yet in its standard
+            scan.to_zarr(aside, mode="w", consolidated=False)
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise StoreError(f"the scan could not be written to {path} ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load(path: str | Path) -> xr.DataTree:
+    """Read a scan into memory; StoreError if the path is missing or not a whole scan."""
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(f"{path} does not exist: give the folder that save or --out wrote.")
+    if not _is_store(path):
+        raise StoreError(f"{path} is not a Zarr store: give the folder that save or --out wrote.")
+    try:
+        with xr.open_datatree(path, engine="zarr", consolidated=False) as tree:
+            scan = tree.load()
+    except Exception as error:  # Zarr raises KeyError, ValueError, JSON errors, ... for what is torn
+        raise StoreError(f"{path} is damaged or half written ({type(error).__name__}): scan again.") from error
+    if not scan.children:
+        raise StoreError(f"{path} holds no group of a scan: it was not written by metaint, or only in part.")
+    return scan
+
+
+def _is_store(path: Path) -> bool:
+    return path.is_dir() and any((path / name).is_file() for name in ("zarr.json", ".zgroup"))
