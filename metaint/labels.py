@@ -110,7 +110,11 @@ def heads_of(scan: xr.DataTree | xr.Dataset) -> xr.Dataset:
 def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
     """What each label rests on, for the labels whose measures the scan holds."""
     found = {}
-    sources = {"previous-token": "previous_token", "duplicate-token": "duplicate_token", "sink": "first_token"}
+    sources = {
+        "previous-token": "previous_token",
+        "duplicate-token": "duplicate_token",
+        "sink": "first_token",
+    }
     for label, name in sources.items():
         if name in heads:
             found[label] = _evidence(heads, name)
@@ -124,7 +128,9 @@ def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
     if "averaging" in heads:
         score = _values(heads, "averaging")
         null = typical, _ = _typical(score, heads)
-        found["averaging"] = _evidence(heads, "averaging", 1 - score <= TYPICAL_DEPARTURE * (1 - typical), null)
+        found["averaging"] = _evidence(
+            heads, "averaging", 1 - score <= TYPICAL_DEPARTURE * (1 - typical), null
+        )
     if {"max_weight", "tied_keys"} <= set(heads):
         few = heads["tied_keys"].sel(tau=0.1, method="nearest").transpose("layer", "head").values <= 2
         found["argmax"] = _evidence(heads, "max_weight", few)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from metaint.errors import InputError
 from metaint.models.inputs import InputWatch, watching
 from metaint.models.open import steady
+from metaint.models.tokens import check_tokens, first_id, starts_with_bos
 from metaint.probes.heads import HeadProbe
 from metaint.probes.probe import Probe, assemble, quietly
 
@@ -57,7 +58,6 @@ def scan(
         attributes.setdefault("task", "repeated_tokens")
     elif isinstance(tokens, str):
         tokens = model.to_tokens(tokens)
-    assert isinstance(tokens, Tensor) or tokens is not None
     tokens, mask = check_tokens(model, tokens, attention_mask)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
@@ -108,9 +108,17 @@ def read_cache(
 
 
 def default_tokens(
-    model: Any, length: int = 50, batch: int = 10, seed: int = 0, bos: bool | None = None
+    model: Any,
+    length: int = 50,
+    batch: int = 10,
+    seed: int = 0,
+    bos: bool | None = None,
+    exact: bool = False,
 ) -> Int[Tensor, "batch position"]:
-    """Random tokens repeated twice, from the ids that the model's tokenizer knows, after its BOS if it wants one."""
+    """Random tokens repeated twice, from the ids that the model's tokenizer knows, after its BOS if it wants one.
+
+    The block is shortened to what the model's context and vocabulary hold, unless `exact`; then that is an InputError.
+    """
     from metaint.tasks.repeated import repeated_tokens
 
     vocab = int(model.cfg.d_vocab)
@@ -119,60 +127,28 @@ def default_tokens(
     if tokenizer is not None and 2 * length < len(tokenizer) <= vocab:
         vocab = len(tokenizer)
         special = [i for i in getattr(tokenizer, "all_special_ids", []) if i is not None]
-    first = bos_id(model) if (getattr(model.cfg, "default_prepend_bos", True) if bos is None else bos) else None
-    if bos and first is None:
-        raise InputError("bos was asked for, and this model's tokenizer has none: leave it out.")
+    first = first_id(model, bos)
     room = int(model.cfg.n_ctx) - (first is not None)
-    length = min(length, room // 2, vocab - len(special) - 1)
-    if length < 2:
-        raise InputError(f"this model has room for {room} tokens of {vocab} kinds: too little to repeat anything.")
+    longest = min(room // 2, vocab - len(special))
+    if longest < 2 or (exact and length > longest):
+        raise InputError(
+            f"repeat is {length}, and this model can repeat a block of at most {longest} tokens."
+        )
+    length = min(length, longest)
     ids = torch.tensor([i for i in range(vocab) if i not in set(special)]) if special else None
     return repeated_tokens(vocab, length, batch=batch, bos=first, ids=ids, seed=seed)
 
 
-def bos_id(model: Any) -> int | None:
-    """The id of the model's beginning-of-sequence token, or None."""
-    tokenizer = getattr(model, "tokenizer", None)
-    found = getattr(tokenizer, "bos_token_id", None)
-    return int(found) if found is not None and found < model.cfg.d_vocab else None
+def text_tokens(
+    model: Any, text: str, length: int, windows: int, seed: int = 0, bos: bool | None = None
+) -> Int[Tensor, "batch position"]:
+    """Windows of a text in the model's own tokens, each after its BOS if it wants one."""
+    from metaint.tasks.text import text_windows
 
-
-def starts_with_bos(model: Any, tokens: Tensor, mask: Tensor | None) -> bool:
-    """Whether every sequence begins with the model's BOS."""
-    first = torch.zeros(len(tokens), dtype=torch.long) if mask is None else mask.long().argmax(-1).cpu()
-    return bos_id(model) is not None and bool((tokens.cpu()[torch.arange(len(tokens)), first] == bos_id(model)).all())
-
-
-def check_tokens(model: Any, tokens: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
-    """Tokens and mask on the model's device, or one sentence on what is wrong with them."""
-    if not isinstance(tokens, Tensor):
-        raise InputError(f"tokens is a {type(tokens).__name__}: pass a tensor of ids [batch, position], or a text.")
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise InputError(f"tokens has dtype {tokens.dtype}: token ids are integers.")
-    if tokens.ndim == 1:
-        tokens = tokens[None]
-    if tokens.ndim != 2:
-        raise InputError(f"tokens has shape {tuple(tokens.shape)}: it must be [batch, position].")
-    if tokens.numel() == 0:
-        raise InputError(f"tokens is empty (shape {tuple(tokens.shape)}): give at least one sequence of two tokens.")
-    cfg = model.cfg
-    if tokens.shape[1] < 2:
-        raise InputError("tokens has one position: attention needs at least two.")
-    if tokens.shape[1] > cfg.n_ctx:
-        raise InputError(f"tokens has {tokens.shape[1]} positions, and the model reads at most {cfg.n_ctx}: cut it.")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= cfg.d_vocab:
-        wrong = low if low < 0 else high
-        raise InputError(f"tokens holds id {wrong}, and the model's vocabulary is 0 to {cfg.d_vocab - 1}.")
-    device = next(model.parameters()).device
-    if attention_mask is None:
-        return tokens.to(device), None
-    mask = torch.as_tensor(attention_mask)
-    if mask.shape != tokens.shape:
+    if not 2 <= length <= model.cfg.n_ctx:
+        raise InputError(f"length is {length}: this model reads windows of 2 to {model.cfg.n_ctx} tokens.")
+    if getattr(model, "tokenizer", None) is None:
         raise InputError(
-            f"attention_mask has shape {tuple(mask.shape)}, and tokens {tuple(tokens.shape)}: they must be the same."
+            "text was given, and this model has no tokenizer: pass token ids, or --repeat at the shell."
         )
-    empty = (~mask.bool().any(-1)).nonzero().flatten().tolist()
-    if empty:
-        raise InputError(f"attention_mask hides every position of sequence {empty[0]}: drop that sequence.")
-    return tokens.to(device), mask.long().to(device)
+    return text_windows(model, text, length, batch=windows, bos=first_id(model, bos), seed=seed)

@@ -24,7 +24,7 @@ SINK_THRESHOLD, SINK_POSITIONS = 0.3, 64
 
 
 # Indices (batch, query, key) of a mask, in rising order.
-Pairs = tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Int[Tensor, " pair"]]
+Pairs = tuple[Int[Tensor, " _"], Int[Tensor, " _"], Int[Tensor, " _"]]
 
 
 @dataclass(eq=False)
@@ -84,7 +84,7 @@ def _past_first(context: Context, pairs: Pairs) -> Pairs:
     return _keep(pairs, context.rank[pairs[0], pairs[2]] > 0)
 
 
-def _keep(pairs: Pairs, which: Bool[Tensor, " pair"]) -> Pairs:
+def _keep(pairs: Pairs, which: Bool[Tensor, " _"]) -> Pairs:
     return pairs[0][which], pairs[1][which], pairs[2][which]
 
 
@@ -152,10 +152,11 @@ def induction(context: Context) -> Pairs:
     diagonal of the TransformerLens demo also counts pairs that are not induction. Elsewhere use `prefix_match`.
     """
     period, start = find_period(context.known_tokens, context.mask)
-    copies = int((context.mask.sum(-1) // period.clamp(min=1))[period > 0].max()) if period.any() else 1
+    longest = context.mask.sum(-1) - 1
+    copies = int((longest // period.clamp(min=1))[period > 0].max()) if period.any() else 0
     batch, query, key = at_lags(context, [0])
     found = []
-    for copy in range(1, copies):
+    for copy in range(1, copies + 1):
         ahead = key - copy * period[batch] + 1
         later = (period[batch] > 0) & (key - start[batch] >= copy * period[batch])
         found.append(_keep((batch, query, ahead), later))
@@ -226,13 +227,13 @@ def max_weight(tile: Tile) -> Float[Tensor, "batch head query"]:
 @statistic
 def distance_mean(tile: Tile) -> Float[Tensor, "batch head query"]:
     """Mean distance looked back, in tokens (negative: ahead, in bidirectional models)."""
-    return tile.distance[0]
+    return tile.distance_mean
 
 
 @statistic
 def distance_std(tile: Tile) -> Float[Tensor, "batch head query"]:
     """Standard deviation, in tokens, of the distance looked back by one query."""
-    return tile.distance[1]
+    return tile.distance_std
 
 
 @statistic
@@ -257,7 +258,9 @@ def tied_keys_log(tile: Tile) -> Float[Tensor, "tau batch head query"]:
     return tile.ties.log() / tile.n_visible.clamp(min=2).log()
 
 
-def is_sink(total: Float[Tensor, "*sequence"], count: Float[Tensor, "*sequence"]) -> Float[Tensor, "*sequence"]:
+def is_sink(
+    total: Float[Tensor, "*sequence"], count: Float[Tensor, "*sequence"]
+) -> Float[Tensor, "*sequence"]:
     """1 where position 0 gets a mean weight above 0.3 from the first 64 positions, its own weight of 1 included."""
     full = count == SINK_POSITIONS - 1
     return torch.where(full, ((total + 1) / SINK_POSITIONS > SINK_THRESHOLD).to(total.dtype), math.nan)
@@ -302,7 +305,7 @@ HEAD_MEASURES: tuple[Measure, ...] = (
 )
 
 
-def resolve(measures: Iterable[str | Measure] | None) -> tuple[Measure, ...]:
+def resolve(measures: Iterable[Any] | None) -> tuple[Measure, ...]:
     """Measures by name or as they are (None: all of this file); InputError for anything else or a name twice."""
     known = {measure.name: measure for measure in HEAD_MEASURES}
     chosen = []
@@ -312,7 +315,9 @@ def resolve(measures: Iterable[str | Measure] | None) -> tuple[Measure, ...]:
         elif isinstance(item, str) and item in known:
             chosen.append(known[item])
         elif isinstance(item, str):
-            raise InputError(f"measures has {item!r}, which is no head measure: choose from {', '.join(known)}.")
+            raise InputError(
+                f"measures has {item!r}, which is no head measure: choose from {', '.join(known)}."
+            )
         else:
             raise InputError(
                 f"measures has {item!r}: decorate a function of one's own with @metaint.statistic or @metaint.kind."
@@ -366,7 +371,7 @@ def detector_scores(
     *,
     exclude_bos: bool = False,
     exclude_current_token: bool = False,
-    error_measure: Literal["mul", "abs"] = "mul",
+    error_measure: str = "mul",
 ) -> dict[DetectorName, Float[Tensor, " head"]]:
     """The scores of `transformer_lens.head_detector.detect_head`, for its three kinds at once.
 
@@ -397,6 +402,7 @@ def detector_scores(
         return {name: (pattern * (mask & kept)).sum((-2, -1)) / total for name, mask in wanted.items()}
     # detect_head rounds the distance to three decimals, and so do we.
     return {
-        name: 1 - ((pattern - mask.float()).abs() * kept).sum((-2, -1)).div(length).mul(1000).round().div(1000)
+        name: 1
+        - ((pattern - mask.float()).abs() * kept).sum((-2, -1)).div(length).mul(1000).round().div(1000)
         for name, mask in wanted.items()
     }

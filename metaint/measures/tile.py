@@ -6,7 +6,8 @@ the weights themselves, all computed in one walk over the pattern. A whole patte
 single row of a generation step are all tiles.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -82,22 +83,12 @@ class Context:
         return torch.arange(self.mask.shape[1], device=self.mask.device).expand_as(self.mask)
 
     @cached_property
-    def matches(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Int[Tensor, " pair"]]:
+    def matches(self) -> tuple[Int[Tensor, " _"], Int[Tensor, " _"], Int[Tensor, " _"]]:
         """Indices (batch, query, key) of the earlier real keys that hold the query's own token, rising."""
         tokens = self.known_tokens.int()
         batch, query, key = (tokens[:, self.queries, None] == tokens[:, None, :]).nonzero(as_tuple=True)
         earlier = (key < self.queries[query]) & self.mask[batch, key]
         return batch[earlier], query[earlier], key[earlier]
-
-    def rows(self, block: slice) -> "Context":
-        """The same keys, fewer queries."""
-        return replace(self, queries=self.queries[block])
-
-    def keys(self, count: int) -> "Context":
-        """The last `count` keys alone, as a sliding-window cache presents them."""
-        cut = self.mask.shape[1] - count
-        tokens = None if self.tokens is None else self.tokens[:, cut:]
-        return replace(self, queries=self.queries - cut, mask=self.mask[:, cut:], tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -150,12 +141,15 @@ class Tile:
         """Keys within tau of the largest log weight, for each of `TAUS`, in [1, n]."""
         return self.walked["ties"]
 
-    @cached_property
-    def distance(self) -> tuple[Float[Tensor, "batch head query"], Float[Tensor, "batch head query"]]:
-        """Mean and standard deviation, in tokens, of query position minus key position (positive looks back)."""
-        mean_key, mean_square = self.walked["key"], self.walked["key_square"]
-        deviation = (mean_square - mean_key.square()).clamp(min=0).sqrt()
-        return -mean_key, deviation
+    @property
+    def distance_mean(self) -> Float[Tensor, "batch head query"]:
+        """Mean of query position minus key position, in tokens (positive looks back)."""
+        return self.context.queries.float() - self.walked["mean_key"]
+
+    @property
+    def distance_std(self) -> Float[Tensor, "batch head query"]:
+        """Standard deviation of query position minus key position, in tokens."""
+        return self.walked["std_key"]
 
 
 def walk(
@@ -163,38 +157,29 @@ def walk(
 ) -> dict[str, Float[Tensor, "*tau batch head query"]]:
     """Statistics of each row that need every weight, block by block so that memory is touched once.
 
-    Under a causal mask a block is cut at its diagonal, which halves the work. Key positions are taken relative to
-    the query, which keeps their squares exact in float32 at any context length.
+    Under a causal mask a block is cut at its diagonal, which halves the work.
     """
     batch, heads, queries, keys = pattern.shape
-    out = {
-        name: torch.empty(batch, heads, queries, device=pattern.device)
-        for name in ("entropy", "maximum", "sum_squares", "overlap", "key", "key_square")
-    }
-    out["ties"] = torch.empty(len(TAUS), batch, heads, queries, device=pattern.device)
-    budget = BLOCK_CPU if pattern.device.type == "cpu" else BLOCK_DEVICE
-    step = max(1, min(queries, max(64, budget // max(1, heads * keys))))
-    weights, scratch = (torch.empty(heads * step * keys, device=pattern.device) for _ in range(2))
+    device = pattern.device
+    names = ("entropy", "maximum", "sum_squares", "overlap", "mean_key", "std_key")
+    out = {name: torch.empty(batch, heads, queries, device=device) for name in names}
+    out["ties"] = torch.empty(len(TAUS), batch, heads, queries, device=device)
+    budget = BLOCK_CPU if device.type == "cpu" else BLOCK_DEVICE
+    step = min(queries, max(16, budget // max(1, heads * keys)))
+    space = torch.empty(2, heads * step * keys, device=device)
     ends = context.queries.tolist()
-    positions = torch.arange(keys, device=pattern.device, dtype=torch.float32)
+    positions = torch.arange(keys, device=device, dtype=torch.float32)
+    falls = [math.exp(-tau) for tau in TAUS]
     for start in range(0, queries, step):
         rows = slice(start, min(start + step, queries))
         stop = ends[rows.stop - 1] + 1 if context.causal else keys
-        middle = float(ends[rows.stop - 1])
-        offsets = positions[:stop] - middle
-        moments = torch.stack([offsets, offsets.square()], dim=-1)
-        shift = context.queries[rows].float() - middle
         for b in range(batch):
             block = pattern[b, :, rows, :stop]
             uniform = context.n_visible[b, rows].reciprocal()[:, None]
-            found = _walk_block(block, uniform, moments, weights, scratch)
-            out["entropy"][b, :, rows] = found[0]
-            out["maximum"][b, :, rows] = found[1]
-            out["sum_squares"][b, :, rows] = found[2]
-            out["overlap"][b, :, rows] = found[3]
-            out["key"][b, :, rows] = found[4] - shift
-            out["key_square"][b, :, rows] = found[5] - 2 * shift * found[4] + shift.square()
-            for i, count in enumerate(found[6:]):
+            found = _walk_block(block, uniform, positions[:stop], falls, space)
+            for name, value in zip(names, found, strict=False):
+                out[name][b, :, rows] = value
+            for i, count in enumerate(found[len(names) :]):
                 out["ties"][i, b, :, rows] = count
     return out
 
@@ -202,25 +187,20 @@ def walk(
 def _walk_block(
     block: Float[Tensor, "head row key"],
     uniform: Float[Tensor, "row 1"],
-    moments: Float[Tensor, "key 2"],
-    weights: Float[Tensor, " space"],
-    scratch: Float[Tensor, " space"],
+    positions: Float[Tensor, " key"],
+    falls: list[float],
+    space: Float[Tensor, "2 space"],
 ) -> list[Float[Tensor, "head row"]]:
-    """Entropy, maximum, sum of squares, overlap with uniform, two key moments, then a tie count for each tau."""
-    a = weights[: block.numel()].view(block.shape)
-    b = scratch[: block.numel()].view(block.shape)
-    if block.dtype == a.dtype:
-        torch.clamp(block, min=TINY, out=a)
-    else:
-        a.copy_(block).clamp_(min=TINY)
+    """Entropy, maximum, sum of squares, overlap with uniform, mean and deviation of the key, and the tie counts."""
+    a, b = (part[: block.numel()].view(block.shape) for part in space)
+    a.copy_(block).clamp_(min=TINY)
     maximum = a.amax(-1)
-    moment = a.flatten(0, 1) @ moments
-    first, second = moment.view(*block.shape[:2], 2).unbind(-1)
     sum_squares = torch.linalg.vector_norm(a, dim=-1).square_()
     entropy = torch.log(a, out=b).mul_(a).sum(-1).neg_()
     overlap = torch.minimum(a, uniform, out=b).sum(-1)
+    mean = (a.flatten(0, 1) @ positions).view(a.shape[:2])
+    # Around each row's own mean: the difference of two large moments would lose the deviation of a narrow head.
+    deviation = torch.sub(positions, mean[..., None], out=b).square_().mul_(a).sum(-1).sqrt_()
     # Comparing into a float buffer and summing it is several times faster than counting booleans.
-    ties = [
-        torch.ge(a, (maximum * torch.exp(torch.tensor(-tau)))[..., None], out=b).sum(-1) for tau in TAUS
-    ]
-    return [entropy, maximum, sum_squares, overlap, first, second, *ties]
+    ties = [torch.ge(a, (maximum * fall)[..., None], out=b).sum(-1) for fall in falls]
+    return [entropy, maximum, sum_squares, overlap, mean, deviation, *ties]

@@ -31,7 +31,9 @@ def open_model(
     if place == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {device!r}, and this machine has no CUDA: use device='cpu'.")
     if revision is not None and checkpoint is not None:
-        raise InputError("revision and checkpoint were both given: each names a state of training, choose one.")
+        raise InputError(
+            "revision and checkpoint were both given: each names a state of training, choose one."
+        )
     if name == "toy":
         if revision is not None or checkpoint is not None:
             raise InputError("the toy has no revisions or checkpoints: leave revision and checkpoint out.")
@@ -41,10 +43,14 @@ def open_model(
     else:
         folder = Path(name).expanduser()
         local = folder.is_dir()
+        if not local and name.startswith(("/", "./", "../", "~")):
+            raise ModelError(f"{name!r} is not a folder: give one in Hugging Face's format, or a hub name.")
         if local and not (folder / "config.json").is_file():
             raise ModelError(f"{name!r} is a folder without config.json: give one in Hugging Face's format.")
         options = {"revision": revision, "checkpoint_value": checkpoint, "device": device, "dtype": kind}
-        model = _boot(str(folder) if local else name, local, {k: v for k, v in options.items() if v is not None})
+        model = _boot(
+            str(folder) if local else name, local, {k: v for k, v in options.items() if v is not None}
+        )
     if revision is not None or checkpoint is not None:
         model.metaint_revision = revision if revision is not None else f"checkpoint {checkpoint}"
     return model.eval()
@@ -71,19 +77,25 @@ def _boot(name: str, local: bool, options: dict[str, Any]) -> Any:
     try:
         return boot(name, **options)
     except Exception as error:  # every library below raises its own family here; the cause stays attached
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         hint = (
             "check that the folder holds config.json, the weights and a tokenizer"
             if local
             else "check the spelling, or the network if it is not in the local cache; 'toy' and folders need none"
         )
-        raise ModelError(f"model {name!r} could not be opened ({reason.rstrip('.')[:300]}): {hint}.") from error
+        raise ModelError(
+            f"model {name!r} could not be opened ({reason.rstrip('.')[:300]}): {hint}."
+        ) from error
 
 
 @contextmanager
 def steady(model: Any) -> Any:
     """Evaluation mode and no gradients inside; every module's training flag is as it was afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+    wrapped = getattr(model, "original_model", None)  # which a bridge keeps outside its own modules
+    modules = {id(m): m for root in (model, wrapped) if isinstance(root, torch.nn.Module) for m in root.modules()}
+    flags = [(module, module.training) for module in modules.values()]
     try:
         for module, _ in flags:
             module.training = False

@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
 
 from metaint.errors import ActivationError
 from metaint.measures.attention import Measure, Pairs, resolve, shuffled, targets
@@ -46,8 +47,8 @@ class HeadProbe(Probe):
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("null_mean", "null_variance", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-        self._plans: dict[int, Plan] = {}
-        self._pass = -1
+        self._plan: Plan | None = None
+        self._pass: tuple[InputWatch, int] | None = None
         self._layers: set[int] = set()
 
     @cached_property
@@ -68,15 +69,15 @@ class HeadProbe(Probe):
 
     def read(self, name: str, activation: Tensor, watch: InputWatch) -> None:
         layer = int(name.split(".")[1])
-        if watch.passes == self._pass and layer in self._layers:
+        if self._pass == (watch, watch.passes) and layer in self._layers:
             watch.begin(None)  # the same layer again without an embedding: a pass fed with embeddings
-        if watch.passes != self._pass:
+        if self._pass != (watch, watch.passes):
             self._begin(watch, activation)
         self._layers.add(layer)
-        keys = activation.shape[-1]
-        if keys not in self._plans:
-            self._plans[keys] = Plan.of(self.kinds, self._context.keys(keys))
-        self.update(layer, activation, self._plans[keys])
+        assert self._plan is not None
+        # A sliding-window cache holds the last keys alone; the others get no weight.
+        missing = self._plan.context.mask.shape[1] - activation.shape[-1]
+        self.update(layer, torch.nn.functional.pad(activation, (missing, 0)) if missing else activation)
 
     def _begin(self, watch: InputWatch, pattern: Tensor) -> None:
         """A forward pass starts: learn its inputs, and make room for its sequences unless they go on."""
@@ -85,8 +86,8 @@ class HeadProbe(Probe):
         assert self.shape is not None
         positions = torch.arange(inputs.past, inputs.past + queries, device=pattern.device)
         tokens = None if inputs.tokens is None else inputs.tokens.to(pattern.device)
-        self._context = Context(positions, inputs.mask, tokens, self.shape.causal)
-        self._plans, self._layers, self._pass = {}, set(), watch.passes
+        self._plan = Plan.of(self.kinds, Context(positions, inputs.mask, tokens, self.shape.causal))
+        self._layers, self._pass = set(), (watch, watch.passes)
         if inputs.past == 0 or not self.sums:
             self._make_room(batch, pattern.device)
         self.tokens_seen = self.tokens_seen + inputs.mask[:, inputs.past :].sum()
@@ -103,8 +104,10 @@ class HeadProbe(Probe):
             self.null_mean = torch.zeros(kinds, dtype=full, device=device)
             self.null_variance = torch.zeros(kinds, dtype=full, device=device)
 
-    def update(self, layer: int, pattern: Float[Tensor, "batch head query key"], plan: "Plan") -> None:
+    def update(self, layer: int, pattern: Float[Tensor, "batch head query key"]) -> None:
         """Fold the rows of one layer's pattern into the sums of the sequences they belong to."""
+        plan = self._plan
+        assert plan is not None
         tile = Tile(pattern, plan.context)
         sums, counts, uniform = self.sums[-1], self.counts[-1], self.uniform[-1]
         n_kinds, full = len(self.kinds), sums.dtype
@@ -135,9 +138,9 @@ class HeadProbe(Probe):
 
     def compute(self) -> dict[str, Float[Tensor, "*slot layer head"]]:
         """Every variable of `/heads` by name, each (layer, head), or (tau, layer, head) for the tie counts."""
-        if not self.sums:
+        if len(self.sums) == 0:
             return {}
-        sums, counts, uniform = (torch.cat([*getattr(self, n)]).cpu() for n in ("sums", "counts", "uniform"))
+        sums, counts, uniform = (dim_zero_cat(getattr(self, n)).cpu() for n in ("sums", "counts", "uniform"))
         null_mean, null_variance = self.null_mean.cpu(), self.null_variance.cpu()
         found: dict[str, Tensor] = {}
         for i, measure in enumerate([*self.kinds, *self.statistics]):
@@ -240,6 +243,8 @@ class Plan:
     ) -> Float[Tensor, "batch kind head"]:
         """Weight on the targets of each kind, summed over queries."""
         batch, query, key = self.pairs
-        out = torch.zeros(len(self.matches) * len(pattern), pattern.shape[1], dtype=dtype, device=pattern.device)
+        out = torch.zeros(
+            len(self.matches) * len(pattern), pattern.shape[1], dtype=dtype, device=pattern.device
+        )
         out.index_add_(0, self.slot, pattern[batch, :, query, key].to(dtype))
         return out.view(len(self.matches), len(pattern), -1).transpose(0, 1)

@@ -97,6 +97,17 @@ class Probe(Metric):
 
         return hook
 
+    def merge_state(self, incoming_state: Any) -> None:
+        """Add what another probe of the same kind has read, as if this one had read it too."""
+        if isinstance(incoming_state, Probe) and self.shape is None:
+            self.shape, self.facts = incoming_state.shape, incoming_state.facts
+        mine = {name: list(value) for name, value in self.metric_state.items() if isinstance(value, list)}
+        super().merge_state(incoming_state)
+        for name, value in mine.items():  # torchmetrics puts what comes in first; an order is kept here
+            theirs = getattr(self, name)
+            setattr(self, name, [*value, *theirs[: len(theirs) - len(value)]])
+        self._computed = None  # torchmetrics keeps the value from before the merge otherwise
+
     def to_scan(self, **attributes: Any) -> xr.DataTree:
         """What was read so far as a scan with this probe's group alone."""
         return assemble([self], **attributes)

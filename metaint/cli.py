@@ -1,0 +1,157 @@
+"""The `metaint` command: demo, scan, audit. Bad input is one sentence on stderr and exit status 2."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from metaint.errors import InputError, MetaintError
+
+app = typer.Typer(
+    help="Read a transformer through its TransformerLens hooks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[str, typer.Argument(help="toy, a Hugging Face name (gpt2), or a folder in its format.")]
+Revision = Annotated[str | None, typer.Option(help="Revision (branch, tag, commit) on the hub.")]
+Checkpoint = Annotated[int | None, typer.Option(help="Training checkpoint, as TransformerLens labels it.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the fastest there is.")]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
+
+
+def main() -> None:
+    """Run the command; the family's own errors become one sentence and status 2."""
+    try:
+        app()
+    except MetaintError as error:
+        print(f"metaint: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def scan(
+    model: Model,
+    text: Annotated[Path | None, typer.Option(help="Read windows of this text.")] = None,
+    repeat: Annotated[
+        int | None, typer.Option(help="Read random tokens, this many, repeated twice (default 50).")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Window length for --text, in tokens.")] = 128,
+    tokens: Annotated[int, typer.Option(help="About how many tokens to read in all.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 8,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Begin with the model's BOS; by default as it was trained."),
+    ] = None,
+    revision: Revision = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens or of the choice of windows.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Save the scan as a Zarr folder.")] = None,
+    sort: Annotated[str | None, typer.Option(help="Score to sort the table by.")] = None,
+    top: Annotated[int | None, typer.Option(help="Print only this many heads.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Score and label every head of MODEL."""
+    _check(text is None or repeat is None, "--text and --repeat were both given: choose one input.")
+    _check(not (as_json and as_csv), "--json and --csv were both given: choose one format.")
+    _check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
+    _check(
+        repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated."
+    )
+    _check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
+    from metaint.tasks import read_text
+
+    prose = read_text(text) if text is not None else None
+    opened = _open(model, revision, checkpoint, device, dtype)
+    from metaint import save, scan
+    from metaint.scan import default_tokens, text_tokens
+    from metaint.views.tables import print_scan, to_csv, to_json
+
+    if prose is not None:
+        task = {"task": "text", "source": str(text)}
+        batch = text_tokens(opened, prose, length, max(1, tokens // length), seed=seed, bos=bos)
+    else:
+        block = repeat or 50
+        task = {"task": "repeated_tokens"}
+        batch = default_tokens(
+            opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None
+        )
+    found = scan(opened, batch, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), **task)
+    if out is not None:
+        save(found, out)
+    if as_json or as_csv:
+        print((to_json if as_json else to_csv)(found).rstrip("\n"))
+    else:
+        console = _console()
+        facts = found.attrs
+        console.print(
+            f"{facts['model']}: {facts['n_layers']} layers x {facts['n_heads']} heads, {facts['weights']} weights, "
+            f"{facts['dtype']}; {batch.shape[0]} sequences of {batch.shape[1]} tokens ({task['task']}"
+            f"{', with BOS' if facts['bos'] else ''}, seed {seed})\n"
+        )
+        print_scan(console, found, sort, top)
+        if out is not None:
+            console.print(f"saved to {out}")
+
+
+@app.command()
+def audit(
+    model: Model,
+    revision: Revision = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Check which invariants MODEL's hooks and weights hold."""
+    opened = _open(model, revision, checkpoint, device, dtype)
+    from metaint import audit
+    from metaint.views.tables import print_audit
+
+    print_audit(_console(), audit(opened), model)
+
+
+@app.command()
+def demo(
+    text: Annotated[
+        Path | None, typer.Option(help="Build the task from this text, not from Python's prose.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the model and of its data.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where to save the scan of all checkpoints.")] = Path("demo.zarr"),
+) -> None:
+    """Train a small transformer on an in-context task, and watch its induction head appear."""
+    _check(out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
+    from metaint.tasks import python_prose, read_text
+
+    prose = read_text(text) if text is not None else python_prose()
+    from metaint.labs.demo import run
+
+    run(_console(), prose, seed, out)
+
+
+def _open(name: str, revision: str | None, checkpoint: int | None, device: str | None, dtype: str) -> Any:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    from metaint import open_model
+
+    return open_model(name, revision=revision, checkpoint=checkpoint, device=device, dtype=dtype)
+
+
+def _console() -> Console:
+    """The terminal; where there is none, wide enough that no table is cut."""
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=200)
+
+
+def _check(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise InputError(sentence)

@@ -1,0 +1,72 @@
+"""Token ids and a model: whether it can read them, and how its sequences begin."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaint.errors import InputError
+
+
+def first_id(model: Any, bos: bool | None) -> int | None:
+    """The BOS to begin with: as asked, or (None) as the model's own `to_tokens` would; None for no BOS."""
+    found = bos_id(model)
+    if bos and found is None:
+        raise InputError("bos was asked for, and this model's tokenizer has none: leave it out.")
+    return found if (getattr(model.cfg, "default_prepend_bos", True) if bos is None else bos) else None
+
+
+def bos_id(model: Any) -> int | None:
+    """The id of the model's beginning-of-sequence token, or None."""
+    tokenizer = getattr(model, "tokenizer", None)
+    found = getattr(tokenizer, "bos_token_id", None)
+    return int(found) if found is not None and found < model.cfg.d_vocab else None
+
+
+def starts_with_bos(model: Any, tokens: Tensor, mask: Tensor | None) -> bool:
+    """Whether every sequence begins with the model's BOS."""
+    first = torch.zeros(len(tokens), dtype=torch.long) if mask is None else mask.long().argmax(-1).cpu()
+    return bos_id(model) is not None and bool(
+        (tokens.cpu()[torch.arange(len(tokens)), first] == bos_id(model)).all()
+    )
+
+
+def check_tokens(model: Any, tokens: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Tokens and mask on the model's device, or one sentence on what is wrong with them."""
+    if not isinstance(tokens, Tensor):
+        raise InputError(
+            f"tokens is a {type(tokens).__name__}: pass a tensor of ids [batch, position], or a text."
+        )
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise InputError(f"tokens has dtype {tokens.dtype}: token ids are integers.")
+    if tokens.ndim == 1:
+        tokens = tokens[None]
+    if tokens.ndim != 2:
+        raise InputError(f"tokens has shape {tuple(tokens.shape)}: it must be [batch, position].")
+    if tokens.numel() == 0:
+        raise InputError(
+            f"tokens is empty (shape {tuple(tokens.shape)}): give at least one sequence of two tokens."
+        )
+    cfg = model.cfg
+    if tokens.shape[1] < 2:
+        raise InputError("tokens has one position: attention needs at least two.")
+    if tokens.shape[1] > cfg.n_ctx:
+        raise InputError(
+            f"tokens has {tokens.shape[1]} positions, and the model reads at most {cfg.n_ctx}: cut it."
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= cfg.d_vocab:
+        wrong = low if low < 0 else high
+        raise InputError(f"tokens holds id {wrong}, and the model's vocabulary is 0 to {cfg.d_vocab - 1}.")
+    device = next(model.parameters()).device
+    if attention_mask is None:
+        return tokens.to(device), None
+    mask = torch.as_tensor(attention_mask)
+    if mask.shape != tokens.shape:
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}, and tokens {tuple(tokens.shape)}: they must be the same."
+        )
+    empty = (~mask.bool().any(-1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"attention_mask hides every position of sequence {empty[0]}: drop that sequence.")
+    return tokens.to(device), mask.long().to(device)

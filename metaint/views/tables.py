@@ -1,0 +1,140 @@
+"""Scans as tables: wide ones for machines (`head_frame`), and for the terminal the labels and every score."""
+
+import json
+import math
+
+import pandas as pd
+import xarray as xr
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metaint.errors import InputError
+from metaint.labels import heads_of, label_heads
+from metaint.measures.attention import HEAD_MEASURES
+
+KINDS = [m.name for m in HEAD_MEASURES if m.form == "kind"]
+TAU_SHOWN = 0.5
+
+
+def head_frame(scan: xr.DataTree) -> pd.DataFrame:
+    """One row for each head: its name, labels (joined by a comma), and every variable of `/heads`."""
+    heads = heads_of(scan)
+    flat = heads.drop_vars([name for name in heads if "tau" in heads[name].dims])
+    for name, tied in heads.drop_vars(list(flat)).items():
+        flat = flat.assign(
+            {f"{name}_tau_{tau:g}": tied.sel(tau=tau, drop=True) for tau in tied["tau"].values}
+        )
+    table = flat.drop_vars(["tau", "window"], errors="ignore").to_dataframe().reset_index()
+    table.insert(0, "head", [f"{i}.{j}" for i, j in zip(table["layer"], table["head"], strict=True)], True)
+    table = table.loc[:, ~table.columns.duplicated()]
+    labels = (
+        label_heads(scan)
+        .groupby("head")["label"]
+        .agg(lambda names: ",".join(n for n in names if n != "none"))
+    )
+    table.insert(1, "labels", table["head"].map(labels))
+    return table
+
+
+def to_json(scan: xr.DataTree) -> str:
+    """The table of heads as JSON: attributes, then one record for each head; what is not a number is null."""
+    records = json.loads(head_frame(scan).to_json(orient="records", double_precision=12))
+    for record in records:
+        record["labels"] = [name for name in record["labels"].split(",") if name]
+    return json.dumps({"attributes": scan.attrs, "heads": records}, indent=1, default=str)
+
+
+def to_csv(scan: xr.DataTree) -> str:
+    """The table of heads as CSV."""
+    return head_frame(scan).to_csv(index=False)
+
+
+def print_scan(console: Console, scan: xr.DataTree, sort: str | None = None, top: int | None = None) -> None:
+    """Labels with their evidence, then every score of every head, sorted by `sort` (largest first)."""
+    heads = heads_of(scan)
+    frame = head_frame(scan)
+    names = [m for m in heads if f"{m}_count" in heads and "tau" not in heads[m].dims]
+    tied = [f"{m}_tau_{TAU_SHOWN:g}" for m in heads if f"{m}_count" in heads and "tau" in heads[m].dims]
+    scores = [str(name) for name in names]
+    order = sort or next((n for n in ("induction", "prefix_match", *scores) if _known(frame, n)), None)
+    if order not in frame or order in ("head", "labels"):
+        raise InputError(f"sort is {sort!r}: choose one of {', '.join([*scores, *tied])}.")
+    frame = frame.sort_values(order, ascending=False, kind="stable").head(top or len(frame))
+    print_labels(console, scan)
+    groups = {
+        "Where heads look (weight on the keys of each kind)": [n for n in scores if n in KINDS],
+        "How heads look (the shape of their rows)": [n for n in scores if n not in KINDS] + tied,
+    }
+    for title, columns in groups.items():
+        if columns:
+            console.print(_scores(title, frame, columns, order))
+
+
+def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled heads") -> None:
+    """The labelled heads with score, baseline, null and interval."""
+    found = label_heads(scan)
+    named = found[found["label"] != "none"]
+    total = found["head"].nunique()
+    if named.empty:
+        console.print(f"None of the {total} heads earns a label.")
+        return
+    table = Table(
+        title=f"{title}: {named['head'].nunique()} of {total}", box=box.SIMPLE_HEAD, title_justify="left"
+    )
+    for name in ("head", "label"):
+        table.add_column(name, no_wrap=True)
+    for name in ("score", "95 % interval", "uniform", "null", "margin", "on first"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in named.sort_values(["label", "margin"], ascending=[True, False]).itertuples():
+        interval = "" if math.isnan(row.low) else f"{number(row.low)} to {number(row.high)}"
+        null = "" if math.isnan(row.null_mean) else f"{number(row.null_mean)} ± {number(row.null_std)}"
+        numbers = (interval, number(row.uniform), null, number(row.margin), number(row.on_first))
+        table.add_row(row.head, row.label, f"[bold]{number(row.score)}[/]", *numbers)
+    console.print(table)
+    console.print(
+        "[dim]uniform: what even attention scores on these tokens; null: the same rows read at random other keys "
+        "(for averaging: the model's typical head); on first: weight on position 0, the attention sink.[/]\n"
+    )
+
+
+def print_audit(console: Console, checks: pd.DataFrame, name: str) -> None:
+    """The hook audit of a model, one line a check."""
+    colours = {"holds": "green", "fails": "red", "unavailable": "yellow"}
+    table = Table(title=f"Hook audit of {name}", box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("check", "status", "difference", "where", "note"):
+        table.add_column(column, justify="right" if column == "difference" else "left", overflow="fold")
+    for row in checks.itertuples():
+        size = "" if math.isnan(row.difference) else f"{row.difference:.1e}"
+        table.add_row(
+            row.check, f"[{colours[row.status]}]{row.status}[/]", size, escape(row.where), escape(row.note)
+        )
+    console.print(table)
+
+
+def number(value: float) -> str:
+    """Three decimals below 10, fewer above, a dash for what is not a number."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _known(frame: pd.DataFrame, name: str) -> bool:
+    return name in frame and bool(frame[name].notna().any())
+
+
+def _scores(title: str, frame: pd.DataFrame, columns: list[str], order: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("head", no_wrap=True)
+    table.add_column("label")
+    for name in columns:
+        head = name.replace(f"_tau_{TAU_SHOWN:g}", f" τ={TAU_SHOWN:g}").replace("_", "\n")
+        table.add_column(f"[bold]{head} ↓[/]" if name == order else head, justify="right", no_wrap=True)
+    for row in frame.to_dict("records"):
+        labels = row["labels"].replace(",", ", ")
+        table.add_row(row["head"], labels, *(number(row[name]) for name in columns))
+    baselines = [frame.get(name.replace("_tau_", "_uniform_tau_") if "_tau_" in name else f"{name}_uniform") for name in columns]
+    table.add_section()
+    table.add_row("", "uniform", *(number(math.nan if b is None else b.mean()) for b in baselines), style="dim")
+    return table

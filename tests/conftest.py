@@ -1,0 +1,49 @@
+"""Shared fixtures; the shapes of every public measure are checked at run time in tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+with install_import_hook(["metaint.measures"], "beartype.beartype"):
+    import metaint.measures.attention
+    import metaint.measures.resampling
+    import metaint.measures.tile
+
+import metaint
+from metaint.tasks import repeated_tokens
+from tests.builders import build
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """A tiny random GPT-2 bridge: 2 layers, 4 heads. Shared, so leave it as it was."""
+    return build("gpt2") if "gpt2" in available() else build(available()[0])
+
+
+def available() -> list[str]:
+    from tests.builders import available_kinds
+
+    return list(available_kinds())
+
+
+@pytest.fixture(params=available())
+def any_model(request: pytest.FixtureRequest):
+    """Every architecture that the installed TransformerLens supports."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="session")
+def repeated() -> torch.Tensor:
+    """Six sequences of 32 random tokens repeated twice."""
+    return repeated_tokens(96, 32, batch=6, ids=(5, 95), seed=1)
+
+
+@pytest.fixture(scope="session")
+def repeated_scan(gpt2, repeated):
+    """A scan of the tiny GPT-2 on repeated tokens."""
+    return metaint.scan(gpt2, repeated)

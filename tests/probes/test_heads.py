@@ -1,0 +1,329 @@
+"""HeadProbe inside other people's forward passes: same numbers however the model is run, and no trace left."""
+
+import copy
+
+import pytest
+import torch
+
+import metaint
+from metaint.errors import ActivationError, HookAuditError, InputError
+from metaint.measures import attention
+from tests.builders import available_kinds, build
+from tests.measures import plain
+
+SCORES = ("previous_token", "first_token", "prefix_match", "induction", "entropy", "averaging", "distance_mean")
+
+
+def assert_same(left, right, atol=1e-5, names=None):
+    """Equal variables, whatever scan or dataset they stand in."""
+    left, right = (s["heads"].to_dataset() if "heads" in getattr(s, "children", ()) else s for s in (left, right))
+    for name in names or left.data_vars:
+        a, b = (torch.as_tensor(d[name].values) for d in (left, right))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=atol, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def random_tokens(model, batch=4, length=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, model.cfg.d_vocab, (batch, length), generator=generator)
+
+
+def test_every_architecture_equals_plain_python(any_model):
+    tokens = random_tokens(any_model, 2, 20)
+    tokens[1, 10:] = tokens[1, :10]
+    causal = getattr(any_model.cfg, "attention_dir", "causal") != "bidirectional"
+    patterns = {}
+
+    def keep(pattern, hook):
+        patterns[hook.name] = pattern.detach().clone()
+
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(any_model.cfg.n_layers)]
+    with torch.no_grad():
+        any_model.run_with_hooks(tokens, fwd_hooks=[(name, keep) for name in names])
+    heads = metaint.scan(any_model, tokens, batch_size=1)["heads"]
+    layer, head = any_model.cfg.n_layers - 1, any_model.cfg.n_heads - 1
+    pattern = patterns[names[layer]][:, head].tolist()
+    mask = [True] * 20
+    for name in ("previous_token", "first_token", "local_mass", "prefix_match", "induction"):
+        rows = [
+            sum(pattern[b][q][k] for k in keys)
+            for b in range(2)
+            for q in range(1, 20)
+            if (keys := plain.keys_of(name, tokens[b].tolist(), mask, q, causal))
+        ]
+        assert heads[f"{name}_count"][layer, head] == len(rows), name
+        if rows:
+            assert heads[name][layer, head] == pytest.approx(sum(rows) / len(rows), abs=1e-5), name
+    for name in ("entropy", "averaging", "max_weight", "distance_mean", "effective_keys"):
+        rows = [plain.statistics_of(pattern[b][q], mask, q, causal)[name] for b in range(2) for q in range(1, 20)]
+        assert heads[name][layer, head] == pytest.approx(sum(rows) / len(rows), rel=1e-4, abs=1e-5), name
+
+
+def test_batches_of_any_size_give_the_same_scan(gpt2, repeated, repeated_scan):
+    for size in (1, 4):
+        assert_same(metaint.scan(gpt2, repeated, batch_size=size), repeated_scan)
+
+
+def test_merged_halves_equal_the_whole(gpt2, repeated, repeated_scan):
+    first, second = metaint.HeadProbe(), metaint.HeadProbe()
+    metaint.scan(gpt2, repeated[:2], [first])
+    metaint.scan(gpt2, repeated[2:], [second])
+    first.merge_state(second)
+    assert_same(first.to_scan(), repeated_scan)
+
+
+def test_a_probe_starts_again_after_reset(gpt2, repeated, repeated_scan):
+    probe = metaint.HeadProbe()
+    metaint.scan(gpt2, repeated.flip(-1), [probe])
+    probe.reset()
+    assert_same(metaint.scan(gpt2, repeated, [probe]), repeated_scan)
+
+
+def test_attach_learns_the_tokens_of_the_owners_passes(gpt2, repeated, repeated_scan):
+    with torch.no_grad(), metaint.attach(gpt2, metaint.HeadProbe()) as probe:
+        gpt2(repeated[:3])
+        gpt2.run_with_hooks(repeated[3:], fwd_hooks=[])
+    assert_same(probe.to_scan(), repeated_scan)
+
+
+def test_hooks_of_one_s_own_run(gpt2, repeated, repeated_scan):
+    probe = metaint.HeadProbe()
+    gpt2.run_with_hooks(repeated, fwd_hooks=probe.fwd_hooks(gpt2, repeated))
+    assert_same(probe.to_scan(), repeated_scan)
+    if "embed.hook_in" in gpt2.hook_dict:
+        probe = metaint.HeadProbe()
+        gpt2.run_with_hooks(repeated, fwd_hooks=probe.fwd_hooks(gpt2))
+        assert_same(probe.to_scan(), repeated_scan)
+    else:
+        with pytest.raises(InputError, match=r"tokens is missing, .* call fwd_hooks\(model, tokens\)"):
+            metaint.HeadProbe().fwd_hooks(gpt2)
+
+
+def test_cache_read_after_the_fact(gpt2, repeated, repeated_scan):
+    _, cache = gpt2.run_with_cache(repeated)
+    before = {name: value.clone() for name, value in cache.items() if torch.is_tensor(value)}
+    assert_same(metaint.read_cache(cache, repeated), repeated_scan)
+    for name, value in before.items():
+        torch.testing.assert_close(cache[name], value, rtol=0, atol=0, equal_nan=True)
+    _, single = gpt2.run_with_cache(repeated[0], remove_batch_dim=True)
+    assert_same(metaint.read_cache(single, repeated[0]), metaint.scan(gpt2, repeated[:1]))
+
+
+def test_cache_without_patterns_is_refused(gpt2, repeated):
+    _, cache = gpt2.run_with_cache(repeated, names_filter="blocks.0.attn.hook_pattern")
+    with pytest.raises(InputError, match="cache lacks blocks.1.attn.hook_pattern: run with a names_filter"):
+        metaint.read_cache(cache, repeated)
+
+
+def test_generation_with_a_cache_equals_the_whole_pass(gpt2):
+    prompt = random_tokens(gpt2, 2, 10)
+    with torch.no_grad(), metaint.attach(gpt2, metaint.HeadProbe()) as probe:
+        out = gpt2.generate(prompt, max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False)
+    assert probe.counts[0].shape[0] == 2
+    assert len(probe.counts) == 1  # steps go on with the prompt's sequences
+    assert_same(probe.to_scan(), metaint.scan(gpt2, out[:, :-1]))
+
+
+@pytest.mark.parametrize("kind", [k for k in ("llama", "gemma2", "neox") if k in available_kinds()])
+def test_generation_with_rotary_and_sliding_windows(kind):
+    model = build(kind)
+    prompt = random_tokens(model, 2, 14)
+    with torch.no_grad(), metaint.attach(model, metaint.HeadProbe()) as probe:
+        out = model.generate(prompt, max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False)
+    assert_same(probe.to_scan(), metaint.scan(model, out[:, :-1]), names=SCORES)
+
+
+def test_attaching_in_the_midst_of_a_generation_is_refused(gpt2):
+    probe = metaint.HeadProbe()
+    hooks = dict(probe.fwd_hooks(gpt2, torch.ones(1, 1, dtype=torch.long)))
+    start = next(iter(hooks))
+    hooks[start](torch.ones(1, 1, dtype=torch.long), None)
+    with pytest.raises(InputError, match="continues 4 cached positions whose tokens were never seen"):
+        hooks["blocks.0.attn.hook_pattern"](torch.full((1, 4, 1, 5), 0.2), None)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(any_model, side):
+    tokens = random_tokens(any_model, 3, 16)
+    tokens[:, 8:] = tokens[:, :8]
+    pad = torch.full((3, 5), 1)
+    ones, zeros = torch.ones(3, 16, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)
+    order = (pad, tokens) if side == "left" else (tokens, pad)
+    masks = (zeros, ones) if side == "left" else (ones, zeros)
+    padded = metaint.scan(any_model, torch.cat(order, 1), attention_mask=torch.cat(masks, 1))
+    assert_same(padded, metaint.scan(any_model, tokens), atol=2e-5)
+
+
+def test_a_model_fed_with_embeddings_has_no_matches(gpt2, repeated, repeated_scan):
+    if not hasattr(gpt2, "original_model"):
+        pytest.skip("only bridges take embeddings as their input")
+    embeddings = gpt2.embed(repeated).detach()
+    with torch.no_grad(), metaint.attach(gpt2, metaint.HeadProbe()) as probe:
+        gpt2(embeddings)
+    found = probe.to_scan()
+    assert_same(found, repeated_scan, names=("previous_token", "entropy", "first_token"))
+    assert found["heads"]["induction"].isnull().all()
+    assert (found["heads"]["prefix_match_count"] == 0).all()
+
+
+def test_measures_of_one_s_own(gpt2, repeated, repeated_scan):
+    @metaint.statistic
+    def second_half(tile):
+        """Weight on the later half of the visible keys, by the query's own position."""
+        keys = torch.arange(tile.pattern.shape[-1])
+        return (tile.pattern * (keys > tile.context.queries[:, None] / 2)).sum(-1)
+
+    @metaint.kind
+    def two_back(context):
+        """The token before the previous one."""
+        return (context.queries[:, None] - torch.arange(context.mask.shape[1]) == 2).expand(len(context.mask), -1, -1)
+
+    heads = metaint.scan(gpt2, repeated, [metaint.HeadProbe([second_half, two_back, "previous_token"])])["heads"]
+    assert_same(heads.to_dataset(), repeated_scan, names=["previous_token", "previous_token_null_std"])
+    assert heads["second_half"].attrs["description"].startswith("Weight on the later half")
+    assert heads["second_half_uniform"].values == pytest.approx(0.5, abs=0.03)
+    assert float(heads["two_back_count"][0, 0]) == 6 * 62
+    assert {"two_back_null_mean", "two_back_low", "second_half_high"} <= set(heads.data_vars)
+    assert "tau" not in heads.dims
+
+
+def test_the_contract_of_names(repeated_scan):
+    heads = repeated_scan["heads"]
+    kinds = [m.name for m in attention.HEAD_MEASURES if m.form == "kind"]
+    for measure in attention.HEAD_MEASURES:
+        dims = ("tau", "layer", "head") if measure.per_tau else ("layer", "head")
+        parts = ["", "_uniform", "_low", "_high", "_count"]
+        for part in parts + (["_null_mean", "_null_std"] if measure.name in kinds else []):
+            assert heads[measure.name + part].dims == dims
+    assert {"model", "weights", "dtype", "device", "seed", "bos", "metaint_version"} <= set(repeated_scan.attrs)
+    assert heads.attrs["tokens_seen"] == 6 * 64
+
+
+def test_baselines_and_nulls_of_a_uniform_model_are_its_scores():
+    model = copy.deepcopy(build(available_kinds()[0]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".q." in name or "W_Q" in name or "b_Q" in name:
+                parameter.zero_()
+    heads = metaint.scan(model, random_tokens(model))["heads"]
+    for measure in attention.HEAD_MEASURES:
+        if measure.name != "sink_rate":
+            assert_close = torch.testing.assert_close
+            score, even = (torch.as_tensor(heads[measure.name + p].values) for p in ("", "_uniform"))
+            assert_close(score, even, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_intervals_hold_the_score_and_shrink_with_sequences(gpt2, repeated_scan):
+    heads = repeated_scan["heads"]
+    for name in ("previous_token", "entropy"):
+        assert (heads[f"{name}_low"] <= heads[name]).all()
+        assert (heads[name] <= heads[f"{name}_high"]).all()
+    few, many = (metaint.scan(gpt2, random_tokens(gpt2, n, 20))["heads"] for n in (4, 64))
+    width = [float((h["entropy_high"] - h["entropy_low"]).mean()) for h in (few, many)]
+    assert width[1] < width[0] / 2
+    assert metaint.scan(gpt2, random_tokens(gpt2, 1))["heads"]["entropy_low"].isnull().all()
+
+
+def hook_count(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def state_of(model):
+    flags = [m.training for m in model.modules()]
+    return hook_count(model), flags, torch.random.get_rng_state(), torch.is_grad_enabled()
+
+
+def assert_unchanged(model, before, parameters):
+    after = state_of(model)
+    assert after[0] == before[0]
+    assert after[1] == before[1]
+    assert torch.equal(after[2], before[2])
+    assert after[3] == before[3]
+    for name, value in model.state_dict().items():
+        if torch.is_tensor(value):
+            assert torch.equal(value, parameters[name]), name
+
+
+def test_a_scan_leaves_no_trace(any_model):
+    any_model.train()
+    any_model(random_tokens(any_model))  # a bridge wires hooks of its own in its first pass
+    parameters = {k: v.clone() for k, v in any_model.state_dict().items() if torch.is_tensor(v)}
+    before = state_of(any_model)
+    metaint.scan(any_model, random_tokens(any_model))
+    assert_unchanged(any_model, before, parameters)
+    any_model.eval()
+
+
+def test_an_exception_in_the_body_or_the_pass_leaves_no_trace(gpt2):
+    parameters = {k: v.clone() for k, v in gpt2.state_dict().items() if torch.is_tensor(v)}
+    before = state_of(gpt2)
+    with pytest.raises(ZeroDivisionError), metaint.attach(gpt2, metaint.HeadProbe()):
+        raise ZeroDivisionError
+
+    def fail(activation, hook):
+        raise KeyError("the owner's own mistake")
+
+    with metaint.attach(gpt2, metaint.HeadProbe()) as probe:
+        with pytest.raises(KeyError):
+            gpt2.run_with_hooks(random_tokens(gpt2), fwd_hooks=[("blocks.1.hook_resid_pre", fail)])
+        gpt2(random_tokens(gpt2))
+    assert_unchanged(gpt2, before, parameters)
+    counts = probe.to_scan()["heads"]["entropy_count"]
+    assert counts[0, 0] == 2 * counts[1, 0]  # the broken pass reached layer 0 alone
+
+
+def test_gradients_and_outputs_of_the_owner_are_untouched(gpt2):
+    tokens = random_tokens(gpt2)
+    wanted = gpt2(tokens, return_type="loss")
+    with metaint.attach(gpt2, metaint.HeadProbe()):
+        loss = gpt2(tokens, return_type="loss")
+    assert torch.equal(loss, wanted)
+    parameter = next(p for p in gpt2.parameters() if p.requires_grad)
+    left, right = (torch.autograd.grad(value, parameter)[0] for value in (loss, wanted))
+    torch.testing.assert_close(left, right)
+
+
+def test_passes_in_inference_mode_and_autocast_mix(gpt2, repeated, repeated_scan):
+    with metaint.attach(gpt2, metaint.HeadProbe()) as probe:
+        with torch.inference_mode():
+            gpt2(repeated[:3])
+        with torch.no_grad():
+            gpt2(repeated[3:])
+    assert_same(probe.to_scan(), repeated_scan)
+    with torch.no_grad(), torch.autocast("cpu"), metaint.attach(gpt2, metaint.HeadProbe()) as probe:
+        gpt2(repeated)
+    assert_same(probe.to_scan(), repeated_scan, atol=2e-2, names=["previous_token", "entropy"])
+
+
+def test_nan_is_named_with_its_layer():
+    model = copy.deepcopy(build(available_kinds()[0]))
+    metaint.audit(model)
+    names = [n for n, p in model.named_parameters() if ("blocks.1" in n or "layers.1" in n or "h.1" in n) and p.ndim > 1]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.fill_(float("nan"))
+    with pytest.raises(ActivationError, match=r"blocks\.1\.attn\.hook_pattern holds NaN or infinity"):
+        metaint.scan(model, random_tokens(model))
+
+
+def test_a_probe_stays_with_its_model(gpt2):
+    other = build("native-attn-only", n_layers=3) if hasattr(gpt2, "original_model") else None
+    if other is None:
+        pytest.skip("one builder is enough for this")
+    probe = metaint.HeadProbe()
+    metaint.scan(gpt2, random_tokens(gpt2), [probe])
+    with pytest.raises(InputError, match="this HeadProbe has read a model of 2 layers x 4 heads"):
+        metaint.scan(other, random_tokens(other), [probe])
+
+
+def test_a_model_without_patterns_is_refused(gpt2):
+    class Blind:
+        cfg, hook_dict = gpt2.cfg, {"blocks.0.hook_resid_pre": None}
+
+    with pytest.raises(HookAuditError, match="HeadProbe reads blocks.0.attn.hook_pattern, which this model does not"):
+        metaint.HeadProbe().prepare(Blind())
+
+
+def test_attach_needs_a_probe(gpt2):
+    with pytest.raises(InputError, match="attach got no probe"), metaint.attach(gpt2):
+        pass
