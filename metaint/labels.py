@@ -40,9 +40,14 @@ class Evidence:
     allowed: np.ndarray
 
     @property
+    def floor(self) -> np.ndarray:
+        """What a label is measured from: the larger of uniform and null (for averaging, whose ideal is uniform, null)."""
+        return np.fmax(self.null_mean, self.uniform)
+
+    @property
     def margin(self) -> np.ndarray:
-        """Score minus the larger of its baselines; for averaging, whose ideal is uniform, minus the typical head."""
-        return self.score - np.fmax(np.where(np.isnan(self.null_mean), -np.inf, self.null_mean), self.uniform)
+        """How far the score stands above that."""
+        return self.score - self.floor
 
 
 def label_heads(
@@ -63,8 +68,8 @@ def label_heads(
     - `sink`: `first_token`.
     - `local`: `local_mass`, unless more than half of it is on the previous or the current token alone.
     - `averaging`: uniform is the ideal here and also what an untrained head does, so the null is the model's typical
-      head (the median over heads with the same attention window): an averaging head departs from uniform at most a
-      quarter as far. A model whose heads all average alike gets no such label.
+      head (the median over heads with the same attention window), and an averaging head departs from uniform at most
+      a quarter as far. Where all heads average alike, as before training, none gets this label.
     - `argmax`: `max_weight`, with at most two keys within 0.1 of the top log weight; a shape, so against uniform only.
 
     Columns: head ("5.1"), label, score, uniform, null_mean, null_std, margin, low, high (95 % interval), on_first (the
@@ -79,15 +84,10 @@ def label_heads(
     earned = np.zeros((heads.sizes["layer"], heads.sizes["head"]), dtype=bool)
     on_first = _values(heads, "first_token")
     for label, found in evidence(heads).items():
-        if label == "averaging":
-            enough = found.score >= limits[label]
-        else:
-            floor = np.fmax(found.uniform, np.nan_to_num(found.null_mean, nan=-np.inf))
-            spread = np.nan_to_num(found.null_std, nan=0.0) * deviations
-            enough = (found.score >= limits[label]) & (found.score - floor >= margin)
-            enough &= found.score >= np.nan_to_num(found.null_mean, nan=-np.inf) + spread
-            enough &= np.isnan(found.low) | (found.low > floor)
-        enough &= found.allowed
+        spread = np.nan_to_num(found.null_std, nan=0.0) * deviations
+        enough = found.allowed & (found.score >= limits[label]) & (found.score - found.floor >= margin)
+        enough &= found.score >= np.nan_to_num(found.null_mean, nan=-np.inf) + spread
+        enough &= np.isnan(found.low) | (found.low > found.floor)
         earned |= enough
         rows += [_row(i, j, label, found, on_first) for i, j in np.argwhere(enough)]
     rows += [_row(i, j, "none", None, on_first) for i, j in np.argwhere(~earned)]
@@ -137,27 +137,22 @@ def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
     return found
 
 
-def _typical(score: np.ndarray, heads: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Median and spread of a score over the heads whose layers have the same attention window."""
-    median, spread = np.empty_like(score), np.empty_like(score)
+def _typical(score: np.ndarray, heads: xr.Dataset) -> np.ndarray:
+    """Median of a score over the heads whose layers have the same attention window."""
+    median = np.empty_like(score)
     windows = heads["window"].values if "window" in heads.coords else np.zeros(len(score))
     for window in np.unique(windows):
-        layers = windows == window
-        median[layers], spread[layers] = np.nanmedian(score[layers]), np.nanstd(score[layers])
-    return median, spread
+        median[windows == window] = np.nanmedian(score[windows == window])
+    return median
 
 
 def _evidence(
-    heads: xr.Dataset,
-    name: str,
-    allowed: np.ndarray | None = None,
-    null: tuple[np.ndarray, np.ndarray] | None = None,
+    heads: xr.Dataset, name: str, allowed: np.ndarray | None = None, typical: np.ndarray | None = None
 ) -> Evidence:
-    score = _values(heads, name)
-    mean, deviation = null or (_values(heads, f"{name}_null_mean"), _values(heads, f"{name}_null_std"))
-    uniform, low, high = (_values(heads, f"{name}_{part}") for part in ("uniform", "low", "high"))
-    if null is not None:
-        uniform = np.full(score.shape, -np.inf)
+    score, low, high = (_values(heads, name + part) for part in ("", "_low", "_high"))
+    uniform, mean, deviation = (_values(heads, name + part) for part in ("_uniform", "_null_mean", "_null_std"))
+    if typical is not None:
+        uniform, mean = np.full(score.shape, np.nan), typical
     everywhere = np.ones(score.shape, dtype=bool)
     return Evidence(score, uniform, mean, deviation, low, high, everywhere if allowed is None else allowed)
 
@@ -174,6 +169,4 @@ def _row(i: int, j: int, label: str, found: Evidence | None, on_first: np.ndarra
     if found is not None:
         names = ("score", "uniform", "null_mean", "null_std", "margin", "low", "high")
         row.update({name: float(getattr(found, name)[i, j]) for name in names})
-        if label == "averaging":
-            row["uniform"] = 1.0
     return row

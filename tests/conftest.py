@@ -19,6 +19,10 @@ from metaint.tasks import repeated_tokens
 from tests.builders import build
 
 
+# Tiny models: waking a second thread costs more than it brings, most of all on a busy machine.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def gpt2():
     """A tiny random GPT-2 bridge: 2 layers, 4 heads. Shared, so leave it as it was."""

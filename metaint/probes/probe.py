@@ -1,5 +1,6 @@
 """The base of every probe: hooks that fold what they read into a small `torchmetrics` state."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -126,7 +127,9 @@ def assemble(probes: Sequence[Probe], **attributes: Any) -> xr.DataTree:
 
     from metaint import __version__
 
-    groups = {f"/{probe.group}": probe.to_dataset() for probe in probes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns of a probe that has read nothing yet
+        groups = {f"/{probe.group}": probe.to_dataset() for probe in probes}
     versions = {
         "metaint_version": __version__,
         "transformer_lens_version": str(getattr(transformer_lens, "__version__", "")),

@@ -1,0 +1,92 @@
+"""Labels: every planted head is found and nothing else, and untrained models earn none."""
+
+import pytest
+import torch
+import xarray as xr
+
+import metaint
+from metaint.errors import InputError
+from metaint.labels import THRESHOLDS
+from metaint.tasks import repeated_tokens
+from tests.builders import available_kinds, build
+from tests.planted import LENGTH, PLANTED, VOCAB, planted_model
+
+ARCHITECTURES = [k for k in ("native-mlp-ln", "gpt2", "neox", "llama", "bert", "gemma2") if k in available_kinds()]
+needs_bridge = pytest.mark.skipif("native-attn-only" not in available_kinds(), reason="needs TransformerBridge.boot_native")
+
+
+def pairs(table):
+    return {(row.head, row.label) for row in table.itertuples() if row.label != "none"}
+
+
+@needs_bridge
+@pytest.mark.parametrize("seed", range(3))
+def test_every_planted_head_is_found_and_nothing_else(seed):
+    tokens = repeated_tokens(VOCAB, LENGTH // 2, batch=12, seed=seed)
+    found = pairs(metaint.label_heads(metaint.scan(planted_model(seed), tokens)))
+    # argmax describes a shape and goes with the place: the two planted heads that look at one key at every query.
+    assert found == {*PLANTED.items(), ("0.0", "argmax"), ("0.3", "argmax")}
+
+
+@needs_bridge
+def test_induction_is_found_on_text_that_does_not_repeat():
+    tokens = torch.randint(0, VOCAB, (12, LENGTH), generator=torch.Generator().manual_seed(0))
+    table = metaint.label_heads(metaint.scan(planted_model(), tokens))
+    assert ("1.0", "induction") in pairs(table)
+    assert {head for head, label in pairs(table) if label == "induction"} == {"1.0"}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.08], ids=["large-weights", "std-0.02"])
+def test_untrained_models_earn_almost_no_labels(scale):
+    labelled, possible = 0, 0
+    for kind in ARCHITECTURES:
+        for seed in range(10):
+            model = build(kind, seed)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:
+                        parameter.mul_(scale)
+            tokens = repeated_tokens(model.cfg.d_vocab, 32, batch=4, ids=(5, 95), seed=seed)
+            table = metaint.label_heads(metaint.scan(model, tokens))
+            labelled += len(pairs(table))
+            possible += model.cfg.n_layers * model.cfg.n_heads * len(THRESHOLDS)
+    assert possible >= 10 * 8 * len(THRESHOLDS)
+    assert labelled <= possible / 100
+
+
+def test_every_head_has_a_row_with_its_evidence(repeated_scan):
+    table = metaint.label_heads(repeated_scan)
+    assert set(table["head"]) == {f"{layer}.{head}" for layer in range(2) for head in range(4)}
+    assert list(table.columns)[:8] == ["head", "label", "score", "uniform", "null_mean", "null_std", "margin", "low"]
+
+
+def test_thresholds_are_arguments(repeated_scan):
+    eager = metaint.label_heads(repeated_scan, {"local": 0.0}, margin=-1, deviations=-100)
+    assert len(pairs(eager)) > len(pairs(metaint.label_heads(repeated_scan)))
+    with pytest.raises(InputError, match="thresholds names 'previous': the labels are previous-token"):
+        metaint.label_heads(repeated_scan, {"previous": 0.1})
+
+
+def test_a_sink_is_a_sink_and_no_previous_token_head(gpt2):
+    """99 % on position 0 and 1 % on the token before: detect_head with exclude_bos calls that 1.000."""
+    length = 32
+    pattern = torch.zeros(3, gpt2.cfg.n_heads, length, length)
+    pattern[..., 0] = 0.99
+    pattern[..., 0, 0] = 1.0
+    steps = torch.arange(1, length)
+    pattern[:, :, steps, steps - 1] += 0.01
+    tokens = torch.arange(length).expand(3, -1)
+    probe = metaint.HeadProbe()
+    hooks = dict(probe.fwd_hooks(gpt2, tokens))
+    hooks[next(iter(hooks))](tokens, None)
+    for layer in range(gpt2.cfg.n_layers):
+        hooks[f"blocks.{layer}.attn.hook_pattern"](pattern, None)
+    found = pairs(metaint.label_heads(probe.to_scan()))
+    assert {label for _, label in found} == {"sink", "argmax"}
+
+
+def test_scans_without_heads_are_refused():
+    with pytest.raises(InputError, match="scan has no /heads group: scan with a HeadProbe"):
+        metaint.label_heads(xr.DataTree())
+    with pytest.raises(InputError, match="scan holds no heads: nothing was read yet"):
+        metaint.label_heads(metaint.HeadProbe().to_scan())
