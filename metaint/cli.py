@@ -63,9 +63,7 @@ def scan(
     _check(text is None or repeat is None, "--text and --repeat were both given: choose one input.")
     _check(not (as_json and as_csv), "--json and --csv were both given: choose one format.")
     _check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
-    _check(
-        repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated."
-    )
+    _check(repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated.")
     _check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     from metaint.tasks import read_text
 
@@ -81,9 +79,7 @@ def scan(
     else:
         block = repeat or 50
         task = {"task": "repeated_tokens"}
-        batch = default_tokens(
-            opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None
-        )
+        batch = default_tokens(opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None)
     found = scan(opened, batch, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), **task)
     if out is not None:
         save(found, out)
@@ -120,9 +116,7 @@ def audit(
 
 @app.command()
 def demo(
-    text: Annotated[
-        Path | None, typer.Option(help="Build the task from this text, not from Python's prose.")
-    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Build the task from this text, not from Python's prose.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the model and of its data.")] = 0,
     out: Annotated[Path, typer.Option(help="Where to save the scan of all checkpoints.")] = Path("demo.zarr"),
 ) -> None:

@@ -128,9 +128,7 @@ def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
     if "averaging" in heads:
         score = _values(heads, "averaging")
         null = typical, _ = _typical(score, heads)
-        found["averaging"] = _evidence(
-            heads, "averaging", 1 - score <= TYPICAL_DEPARTURE * (1 - typical), null
-        )
+        found["averaging"] = _evidence(heads, "averaging", 1 - score <= TYPICAL_DEPARTURE * (1 - typical), null)
     if {"max_weight", "tied_keys"} <= set(heads):
         few = heads["tied_keys"].sel(tau=0.1, method="nearest").transpose("layer", "head").values <= 2
         found["argmax"] = _evidence(heads, "max_weight", few)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from metaint.errors import InputError
 from metaint.models.inputs import InputWatch, watching
-from metaint.models.open import steady
+from metaint.models.reading import steady
 from metaint.models.tokens import check_tokens, first_id, starts_with_bos
 from metaint.probes.heads import HeadProbe
 from metaint.probes.probe import Probe, assemble, quietly
@@ -131,9 +131,7 @@ def default_tokens(
     room = int(model.cfg.n_ctx) - (first is not None)
     longest = min(room // 2, vocab - len(special))
     if longest < 2 or (exact and length > longest):
-        raise InputError(
-            f"repeat is {length}, and this model can repeat a block of at most {longest} tokens."
-        )
+        raise InputError(f"repeat is {length}, and this model can repeat a block of at most {longest} tokens.")
     length = min(length, longest)
     ids = torch.tensor([i for i in range(vocab) if i not in set(special)]) if special else None
     return repeated_tokens(vocab, length, batch=batch, bos=first, ids=ids, seed=seed)
@@ -148,7 +146,5 @@ def text_tokens(
     if not 2 <= length <= model.cfg.n_ctx:
         raise InputError(f"length is {length}: this model reads windows of 2 to {model.cfg.n_ctx} tokens.")
     if getattr(model, "tokenizer", None) is None:
-        raise InputError(
-            "text was given, and this model has no tokenizer: pass token ids, or --repeat at the shell."
-        )
+        raise InputError("text was given, and this model has no tokenizer: pass token ids, or --repeat at the shell.")
     return text_windows(model, text, length, batch=windows, bos=first_id(model, bos), seed=seed)

@@ -18,7 +18,6 @@ import metaint
 from metaint.tasks import repeated_tokens
 from tests.builders import build
 
-
 # Tiny models: waking a second thread costs more than it brings, most of all on a busy machine.
 torch.set_num_threads(1)
 

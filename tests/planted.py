@@ -30,7 +30,8 @@ def planted_model(seed: int = 0) -> Any:
 
     shape = {"n_layers": 2, "n_heads": N_HEADS, "d_model": D_MODEL, "d_head": D_HEAD, "n_ctx": LENGTH}
     model = TransformerBridge.boot_native(  # pyright: ignore
-        {**shape, "d_vocab": VOCAB, "attn_only": True, "normalization_type": None, "act_fn": "relu"})
+        {**shape, "d_vocab": VOCAB, "attn_only": True, "normalization_type": None, "act_fn": "relu"}
+    )
     generator = torch.Generator().manual_seed(seed)
     state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     embed, place = (next(n for n in state if n.startswith(part) and n.endswith("weight")) for part in ("embed", "pos"))

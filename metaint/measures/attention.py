@@ -258,9 +258,7 @@ def tied_keys_log(tile: Tile) -> Float[Tensor, "tau batch head query"]:
     return tile.ties.log() / tile.n_visible.clamp(min=2).log()
 
 
-def is_sink(
-    total: Float[Tensor, "*sequence"], count: Float[Tensor, "*sequence"]
-) -> Float[Tensor, "*sequence"]:
+def is_sink(total: Float[Tensor, "*sequence"], count: Float[Tensor, "*sequence"]) -> Float[Tensor, "*sequence"]:
     """1 where position 0 gets a mean weight above 0.3 from the first 64 positions, its own weight of 1 included."""
     full = count == SINK_POSITIONS - 1
     return torch.where(full, ((total + 1) / SINK_POSITIONS > SINK_THRESHOLD).to(total.dtype), math.nan)
@@ -315,9 +313,7 @@ def resolve(measures: Iterable[Any] | None) -> tuple[Measure, ...]:
         elif isinstance(item, str) and item in known:
             chosen.append(known[item])
         elif isinstance(item, str):
-            raise InputError(
-                f"measures has {item!r}, which is no head measure: choose from {', '.join(known)}."
-            )
+            raise InputError(f"measures has {item!r}, which is no head measure: choose from {', '.join(known)}.")
         else:
             raise InputError(
                 f"measures has {item!r}: decorate a function of one's own with @metaint.statistic or @metaint.kind."
@@ -402,7 +398,6 @@ def detector_scores(
         return {name: (pattern * (mask & kept)).sum((-2, -1)) / total for name, mask in wanted.items()}
     # detect_head rounds the distance to three decimals, and so do we.
     return {
-        name: 1
-        - ((pattern - mask.float()).abs() * kept).sum((-2, -1)).div(length).mul(1000).round().div(1000)
+        name: 1 - ((pattern - mask.float()).abs() * kept).sum((-2, -1)).div(length).mul(1000).round().div(1000)
         for name, mask in wanted.items()
     }

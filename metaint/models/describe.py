@@ -21,6 +21,8 @@ def shape_of(model: Any) -> Shape:
     """The shape of any model with a TransformerLens `cfg`."""
     cfg = model.cfg
     causal = getattr(cfg, "attention_dir", "causal") != "bidirectional"
+    if "Bert" in str(getattr(cfg, "architecture", "")):  # the bridge of TransformerLens 3.9 calls BERT causal
+        causal = False
     return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model))
 
 

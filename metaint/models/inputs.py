@@ -85,9 +85,7 @@ class InputWatch:
             )
         empty = (~mask.any(-1)).nonzero().flatten().tolist()
         if empty:
-            raise InputError(
-                f"attention_mask hides every position of sequence {empty[0]}: drop that sequence."
-            )
+            raise InputError(f"attention_mask hides every position of sequence {empty[0]}: drop that sequence.")
         return mask
 
 

@@ -1,6 +1,5 @@
 """Opening a model by name: the toy, a local Hugging Face folder, or a hub name."""
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,7 @@ def open_model(
     if place == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {device!r}, and this machine has no CUDA: use device='cpu'.")
     if revision is not None and checkpoint is not None:
-        raise InputError(
-            "revision and checkpoint were both given: each names a state of training, choose one."
-        )
+        raise InputError("revision and checkpoint were both given: each names a state of training, choose one.")
     if name == "toy":
         if revision is not None or checkpoint is not None:
             raise InputError("the toy has no revisions or checkpoints: leave revision and checkpoint out.")
@@ -48,9 +45,7 @@ def open_model(
         if local and not (folder / "config.json").is_file():
             raise ModelError(f"{name!r} is a folder without config.json: give one in Hugging Face's format.")
         options = {"revision": revision, "checkpoint_value": checkpoint, "device": device, "dtype": kind}
-        model = _boot(
-            str(folder) if local else name, local, {k: v for k, v in options.items() if v is not None}
-        )
+        model = _boot(str(folder) if local else name, local, {k: v for k, v in options.items() if v is not None})
     if revision is not None or checkpoint is not None:
         model.metaint_revision = revision if revision is not None else f"checkpoint {checkpoint}"
     return model.eval()
@@ -77,30 +72,10 @@ def _boot(name: str, local: bool, options: dict[str, Any]) -> Any:
     try:
         return boot(name, **options)
     except Exception as error:  # every library below raises its own family here; the cause stays attached
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = (
             "check that the folder holds config.json, the weights and a tokenizer"
             if local
             else "check the spelling, or the network if it is not in the local cache; 'toy' and folders need none"
         )
-        raise ModelError(
-            f"model {name!r} could not be opened ({reason.rstrip('.')[:300]}): {hint}."
-        ) from error
-
-
-@contextmanager
-def steady(model: Any) -> Any:
-    """Evaluation mode and no gradients inside; every module's training flag is as it was afterwards."""
-    wrapped = getattr(model, "original_model", None)  # which a bridge keeps outside its own modules
-    modules = {id(m): m for root in (model, wrapped) if isinstance(root, torch.nn.Module) for m in root.modules()}
-    flags = [(module, module.training) for module in modules.values()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        with torch.no_grad():
-            yield model
-    finally:
-        for module, training in flags:
-            module.training = training
+        raise ModelError(f"model {name!r} could not be opened ({reason.rstrip('.')[:300]}): {hint}.") from error

@@ -26,17 +26,13 @@ def bos_id(model: Any) -> int | None:
 def starts_with_bos(model: Any, tokens: Tensor, mask: Tensor | None) -> bool:
     """Whether every sequence begins with the model's BOS."""
     first = torch.zeros(len(tokens), dtype=torch.long) if mask is None else mask.long().argmax(-1).cpu()
-    return bos_id(model) is not None and bool(
-        (tokens.cpu()[torch.arange(len(tokens)), first] == bos_id(model)).all()
-    )
+    return bos_id(model) is not None and bool((tokens.cpu()[torch.arange(len(tokens)), first] == bos_id(model)).all())
 
 
 def check_tokens(model: Any, tokens: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
     """Tokens and mask on the model's device, or one sentence on what is wrong with them."""
     if not isinstance(tokens, Tensor):
-        raise InputError(
-            f"tokens is a {type(tokens).__name__}: pass a tensor of ids [batch, position], or a text."
-        )
+        raise InputError(f"tokens is a {type(tokens).__name__}: pass a tensor of ids [batch, position], or a text.")
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise InputError(f"tokens has dtype {tokens.dtype}: token ids are integers.")
     if tokens.ndim == 1:
@@ -44,16 +40,12 @@ def check_tokens(model: Any, tokens: Any, attention_mask: Any = None) -> tuple[T
     if tokens.ndim != 2:
         raise InputError(f"tokens has shape {tuple(tokens.shape)}: it must be [batch, position].")
     if tokens.numel() == 0:
-        raise InputError(
-            f"tokens is empty (shape {tuple(tokens.shape)}): give at least one sequence of two tokens."
-        )
+        raise InputError(f"tokens is empty (shape {tuple(tokens.shape)}): give at least one sequence of two tokens.")
     cfg = model.cfg
     if tokens.shape[1] < 2:
         raise InputError("tokens has one position: attention needs at least two.")
     if tokens.shape[1] > cfg.n_ctx:
-        raise InputError(
-            f"tokens has {tokens.shape[1]} positions, and the model reads at most {cfg.n_ctx}: cut it."
-        )
+        raise InputError(f"tokens has {tokens.shape[1]} positions, and the model reads at most {cfg.n_ctx}: cut it.")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= cfg.d_vocab:
         wrong = low if low < 0 else high

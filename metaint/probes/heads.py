@@ -243,8 +243,6 @@ class Plan:
     ) -> Float[Tensor, "batch kind head"]:
         """Weight on the targets of each kind, summed over queries."""
         batch, query, key = self.pairs
-        out = torch.zeros(
-            len(self.matches) * len(pattern), pattern.shape[1], dtype=dtype, device=pattern.device
-        )
+        out = torch.zeros(len(self.matches) * len(pattern), pattern.shape[1], dtype=dtype, device=pattern.device)
         out.index_add_(0, self.slot, pattern[batch, :, query, key].to(dtype))
         return out.view(len(self.matches), len(pattern), -1).transpose(0, 1)

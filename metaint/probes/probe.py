@@ -70,9 +70,7 @@ class Probe(Metric):
         assert self.shape is not None
         return [(name, self._reader(name, watch)) for name in self.hook_names(self.shape)]
 
-    def fwd_hooks(
-        self, model: Any, tokens: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> list[Hook]:
+    def fwd_hooks(self, model: Any, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> list[Hook]:
         """Hooks for `model.run_with_hooks(tokens, fwd_hooks=probe.fwd_hooks(model))`.
 
         Token ids come from the model's hook on them; `HookedTransformer` has none, so pass `tokens`. Padding can't

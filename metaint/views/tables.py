@@ -23,17 +23,11 @@ def head_frame(scan: xr.DataTree) -> pd.DataFrame:
     heads = heads_of(scan)
     flat = heads.drop_vars([name for name in heads if "tau" in heads[name].dims])
     for name, tied in heads.drop_vars(list(flat)).items():
-        flat = flat.assign(
-            {f"{name}_tau_{tau:g}": tied.sel(tau=tau, drop=True) for tau in tied["tau"].values}
-        )
+        flat = flat.assign({f"{name}_tau_{tau:g}": tied.sel(tau=tau, drop=True) for tau in tied["tau"].values})
     table = flat.drop_vars(["tau", "window"], errors="ignore").to_dataframe().reset_index()
     table.insert(0, "head", [f"{i}.{j}" for i, j in zip(table["layer"], table["head"], strict=True)], True)
     table = table.loc[:, ~table.columns.duplicated()]
-    labels = (
-        label_heads(scan)
-        .groupby("head")["label"]
-        .agg(lambda names: ",".join(n for n in names if n != "none"))
-    )
+    labels = label_heads(scan).groupby("head")["label"].agg(lambda names: ",".join(n for n in names if n != "none"))
     table.insert(1, "labels", table["head"].map(labels))
     return table
 
@@ -80,9 +74,7 @@ def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled hea
     if named.empty:
         console.print(f"None of the {total} heads earns a label.")
         return
-    table = Table(
-        title=f"{title}: {named['head'].nunique()} of {total}", box=box.SIMPLE_HEAD, title_justify="left"
-    )
+    table = Table(title=f"{title}: {named['head'].nunique()} of {total}", box=box.SIMPLE_HEAD, title_justify="left")
     for name in ("head", "label"):
         table.add_column(name, no_wrap=True)
     for name in ("score", "95 % interval", "uniform", "null", "margin", "on first"):
@@ -107,9 +99,7 @@ def print_audit(console: Console, checks: pd.DataFrame, name: str) -> None:
         table.add_column(column, justify="right" if column == "difference" else "left", overflow="fold")
     for row in checks.itertuples():
         size = "" if math.isnan(row.difference) else f"{row.difference:.1e}"
-        table.add_row(
-            row.check, f"[{colours[row.status]}]{row.status}[/]", size, escape(row.where), escape(row.note)
-        )
+        table.add_row(row.check, f"[{colours[row.status]}]{row.status}[/]", size, escape(row.where), escape(row.note))
     console.print(table)
 
 
@@ -134,7 +124,9 @@ def _scores(title: str, frame: pd.DataFrame, columns: list[str], order: str) -> 
     for row in frame.to_dict("records"):
         labels = row["labels"].replace(",", ", ")
         table.add_row(row["head"], labels, *(number(row[name]) for name in columns))
-    baselines = [frame.get(name.replace("_tau_", "_uniform_tau_") if "_tau_" in name else f"{name}_uniform") for name in columns]
+    baselines = [
+        frame.get(name.replace("_tau_", "_uniform_tau_") if "_tau_" in name else f"{name}_uniform") for name in columns
+    ]
     table.add_section()
     table.add_row("", "uniform", *(number(math.nan if b is None else b.mean()) for b in baselines), style="dim")
     return table

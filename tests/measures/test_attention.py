@@ -236,7 +236,11 @@ def test_detector_scores_equal_detect_head(gpt2, error_measure, exclude_bos, exc
     tokens = gpt2.to_tokens(text)
     _, cache = gpt2.run_with_cache(tokens, remove_batch_dim=True)
     kept = {layer: cache["pattern", layer, "attn"].clone() for layer in range(gpt2.cfg.n_layers)}
-    options = {"exclude_bos": exclude_bos, "exclude_current_token": exclude_current_token, "error_measure": error_measure}
+    options = {
+        "exclude_bos": exclude_bos,
+        "exclude_current_token": exclude_current_token,
+        "error_measure": error_measure,
+    }
     for layer in range(gpt2.cfg.n_layers):
         ours = attention.detector_scores(cache["pattern", layer, "attn"], tokens[0], **options)
         torch.testing.assert_close(cache["pattern", layer, "attn"], kept[layer], rtol=0, atol=0)

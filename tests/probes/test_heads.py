@@ -297,7 +297,9 @@ def test_passes_in_inference_mode_and_autocast_mix(gpt2, repeated, repeated_scan
 def test_nan_is_named_with_its_layer():
     model = copy.deepcopy(build(available_kinds()[0]))
     metaint.audit(model)
-    names = [n for n, p in model.named_parameters() if ("blocks.1" in n or "layers.1" in n or "h.1" in n) and p.ndim > 1]
+    names = [
+        n for n, p in model.named_parameters() if ("blocks.1" in n or "layers.1" in n or "h.1" in n) and p.ndim > 1
+    ]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in names:

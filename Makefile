@@ -1,0 +1,49 @@
+# Everything from a fresh checkout: each target makes its environment first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast lint bench test-tl3 test-tl2 clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/metaint demo
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow and not hub"
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/heads.py
+
+# TransformerLens 3.9: HookedTransformer and the bridge side by side.
+.venv-tl3/installed: pyproject.toml constraints-tl3.txt
+	$(PYTHON) -m venv .venv-tl3
+	.venv-tl3/bin/pip install -q -c constraints-tl3.txt -e ".[dev]"
+	touch $@
+
+test-tl3: .venv-tl3/installed
+	.venv-tl3/bin/python -m pytest -m "not slow and not hub"
+
+# TransformerLens 2.18. Its metadata caps pandas below what xarray needs, although they work together: hence --no-deps.
+.venv-tl2/installed: pyproject.toml constraints-tl2.txt
+	$(PYTHON) -m venv .venv-tl2
+	.venv-tl2/bin/pip install -q --no-deps -r constraints-tl2.txt
+	.venv-tl2/bin/pip install -q --no-deps -e .
+	touch $@
+
+test-tl2: .venv-tl2/installed
+	.venv-tl2/bin/python -m pytest -m "not slow and not hub"
+
+clean:
+	rm -rf .venv .venv-tl3 .venv-tl2

@@ -1,0 +1,221 @@
+"""The hook audit: do a model's hooks and weights carry what their names say?
+
+`audit(model)` answers with a table, `require(model, checks)` with an exception. Both run a few short forward
+passes and leave no trace on the model. What should hold is written in `invariants.py`; here it is judged.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import pandas
+import torch
+from torch import Tensor
+
+from metaint.errors import HookAuditError, InputError, MetaintError, ModelError
+from metaint.models import invariants
+from metaint.models.invariants import Pair, Trial
+from metaint.models.reading import Edit, Unavailable, logits_after, random_tokens, read, tolerance, untouched
+
+TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the audit."""
+
+    check: str
+    status: str
+    difference: float
+    where: str
+    note: str
+
+
+class _Check(NamedTuple):
+    statement: str
+    pairs: Callable[[Trial], Iterator[Pair]]
+    if_missing: str = "unavailable"
+
+
+_ATTENTION = {
+    "pattern_fires": _Check("hook_pattern fires as [batch, head, query, key]", invariants.pattern_fires, "fails"),
+    "pattern_rows": _Check("each row of the pattern sums to one", invariants.pattern_rows),
+    "pattern_causal": _Check("no query has weight on a later key", invariants.pattern_causal),
+    "pattern_from_scores": _Check("softmax(q·k) gives the pattern", invariants.pattern_from_scores),
+    "value_mix": _Check("hook_z is the pattern times hook_v", invariants.value_mix),
+}
+_WEIGHTS = {
+    "output_sum": _Check("the sum of z W_O over heads, plus b_O, is the attention's output", invariants.output_sum),
+    "weights_query": _Check("W_Q and b_Q give hook_q from the attention's input", invariants.weights_query),
+    "weights_key": _Check("W_K and b_K give hook_k from the attention's input", invariants.weights_key),
+    "weights_value": _Check("W_V and b_V give hook_v from the attention's input", invariants.weights_value),
+    "residual": _Check("what a block writes adds up to its hook_resid_post", invariants.residual),
+}
+_EDITS = {"edit_pattern": "hook_pattern", "edit_z": "hook_z", "edit_value": "hook_v"}
+CHECKS = (*_ATTENTION, *_WEIGHTS, *_EDITS)
+
+_ATTENTION_HOOKS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k")
+_ATTENTION_HOOKS += ("attn.hook_pattern", "attn.hook_z")
+_WEIGHT_HOOKS = ("hook_resid_pre", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_q", "attn.hook_k")
+_WEIGHT_HOOKS += (
+    "attn.hook_v",
+    "attn.hook_z",
+    "attn.o.hook_out",
+    "attn.hook_out",
+    "ln1_post.hook_normalized",
+)
+_WEIGHT_HOOKS += ("hook_attn_out", "ln2.hook_normalized", "hook_mlp_out", "hook_resid_post")
+
+_cache: WeakKeyDictionary[Any, dict[tuple[Any, ...], list[Finding]]] = WeakKeyDictionary()
+
+
+def audit(model: Any, refresh: bool = False) -> pandas.DataFrame:
+    """Which of the checks hold on this model: one row each, in the order of `CHECKS`.
+
+    Columns: `check`; `status`, one of "holds", "fails" and "unavailable" (what the check needs isn't there);
+    `difference`, the largest absolute difference found, or NaN (for the edits: the smallest change of the
+    logits that an edit at one layer made); `where`, the hook or weight it was found at; `note`, one sentence.
+
+    Five forward passes of a few tokens, remembered for as long as the model lives and is in the same state
+    (compatibility mode, dtype); `refresh=True` runs them again. Raises ModelError if a forward pass fails.
+    """
+    findings = [finding for part in _PARTS for finding in _findings(model, part, refresh)]
+    return pandas.DataFrame([asdict(finding) for finding in findings])
+
+
+def require(model: Any, checks: Iterable[str]) -> None:
+    """Raises HookAuditError for the first of these checks that doesn't hold; runs only the passes they need.
+
+    Raises InputError for a name that isn't in `CHECKS`, ModelError if a forward pass fails.
+    """
+    for check in checks:
+        if check not in CHECKS:
+            raise InputError(f"checks has {check!r}; it should name checks of the audit: {', '.join(CHECKS)}")
+        part = next(part for part in _PARTS if check in _PARTS[part].checks)
+        finding = next(f for f in _findings(model, part) if f.check == check)
+        if finding.status != "holds":
+            measured = "" if math.isnan(finding.difference) else f" (difference {finding.difference:.3g})"
+            raise HookAuditError(f"The hook audit's {check} {_verb(finding)}{measured}: {finding.note}")
+
+
+def _verb(finding: Finding) -> str:
+    place = f" at {finding.where}" if finding.where else ""
+    return f"fails{place}" if finding.status == "fails" else f"can't be checked{place}"
+
+
+def _findings(model: Any, part: str, refresh: bool = False) -> list[Finding]:
+    cached = _cache.setdefault(model, {})
+    key = (part, bool(getattr(model, "compatibility_mode", False)), _dtype(model))
+    if refresh or key not in cached:
+        with untouched(model):
+            try:
+                cached[key] = _PARTS[part].run(model)
+            except MetaintError:
+                raise
+            except Exception as error:
+                raise ModelError(f"The hook audit's forward pass failed: {type(error).__name__}: {error}") from error
+    return cached[key]
+
+
+def _run_checks(model: Any, checks: dict[str, _Check], hooks: Iterable[str]) -> list[Finding]:
+    names = [f"blocks.{layer}.{hook}" for layer in range(int(model.cfg.n_layers)) for hook in hooks]
+    trial = Trial(model, read(model, random_tokens(model, 2, TOKENS), ["hook_pos_embed", *names]))
+    return [_judge(name, check, trial) for name, check in checks.items()]
+
+
+def _judge(name: str, check: _Check, trial: Trial) -> Finding:
+    """The layer where the difference is largest beside what rounding explains decides."""
+    worst, difference, where = -1.0, math.nan, ""
+    try:
+        for pair in check.pairs(trial):
+            relative, absolute = _compare(pair)
+            if not relative <= worst:
+                worst, difference, where = relative, absolute, pair.where
+    except Unavailable as missing:
+        return Finding(name, check.if_missing, math.nan, missing.hook, _sentence(str(missing)))
+    except Exception as error:
+        note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return Finding(name, "unavailable", math.nan, "", _sentence(note))
+    if worst <= tolerance(_dtype(trial.model)):
+        return Finding(name, "holds", difference, where, _sentence(check.statement))
+    return Finding(name, "fails", difference, where, _sentence(f"it should hold that {check.statement}"))
+
+
+def _compare(pair: Pair) -> tuple[float, float]:
+    """The largest difference, beside the expected magnitude and in itself; NaN counts as infinite."""
+    if pair.actual.shape != pair.expected.shape:
+        return math.inf, math.nan
+    absolute = float((pair.actual - pair.expected).abs().max())
+    magnitude = pair.magnitude or max(float(pair.expected.abs().max()), torch.finfo(torch.float32).tiny)
+    return (math.inf, math.nan) if math.isnan(absolute) else (absolute / magnitude, absolute)
+
+
+def _run_edits(model: Any) -> list[Finding]:
+    return [_try_edits(model, name, hook) for name, hook in _EDITS.items()]
+
+
+def _try_edits(model: Any, name: str, hook: str) -> Finding:
+    """Edits each layer in a row of its own, all rows being the same tokens; the last row tells the noise.
+
+    So one forward pass tells for each layer whether an edit there reaches the logits.
+    """
+    n_layers = int(model.cfg.n_layers)
+    tokens = random_tokens(model, 1, TOKENS).repeat(n_layers + 2, 1)
+    change = _other_pattern if hook == "hook_pattern" else _other_values
+    edits = {f"blocks.{layer}.attn.{hook}": _edit_row(change, layer + 1) for layer in range(n_layers)}
+    try:
+        logits = logits_after(model, tokens, edits)
+    except Unavailable as missing:
+        return Finding(name, "unavailable", math.nan, missing.hook, _sentence(str(missing)))
+    effects = (logits[1:] - logits[:1]).abs().flatten(1).amax(1).tolist()
+    noise = max(10 * effects.pop(), torch.finfo(logits.dtype).eps * float(logits[0].abs().max()))
+    effect, weakest = min((effect, layer) for layer, effect in enumerate(effects))
+    where = f"blocks.{weakest}.attn.{hook}"
+    if effect > noise:
+        return Finding(name, "holds", effect, where, _sentence(f"an edit at {hook} changes the logits"))
+    return Finding(name, "fails", effect, where, _sentence(f"an edit at {hook} should change the logits"))
+
+
+def _edit_row(change: Edit, row: int) -> Edit:
+    def edit(activation: Tensor) -> Tensor:
+        edited = activation.clone()
+        edited[row] = change(activation[row])
+        return edited
+
+    return edit
+
+
+def _other_pattern(pattern: Tensor) -> Tensor:
+    """A pattern [head, query, key] of random weights, on earlier keys alone so that any mask allows it."""
+    weights = torch.rand(pattern.shape, generator=torch.Generator().manual_seed(1)).add(0.01).tril()
+    return (weights / weights.sum(-1, keepdim=True)).to(pattern)
+
+
+def _other_values(values: Tensor) -> Tensor:
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(values)
+    return values + noise * (values.std() if float(values.std()) > 0 else 1.0)
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """The dtype the model computes in, as far as its first parameter tells."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:].rstrip('.')}."
+
+
+class _Part(NamedTuple):
+    """Checks that share forward passes, so that a probe pays for what it requires and no more."""
+
+    checks: Iterable[str]
+    run: Callable[[Any], list[Finding]]
+
+
+_PARTS = {
+    "attention": _Part(_ATTENTION, lambda model: _run_checks(model, _ATTENTION, _ATTENTION_HOOKS)),
+    "weights": _Part(_WEIGHTS, lambda model: _run_checks(model, _WEIGHTS, _WEIGHT_HOOKS)),
+    "edits": _Part(_EDITS, _run_edits),
+}

@@ -1,0 +1,222 @@
+"""What should hold between the hooks and the weights of a model, one generator a check.
+
+Each generator takes a Trial and yields one Pair a layer: two tensors that should be equal, and the hook or
+weight they speak of. What it needs and can't have is said by raising Unavailable.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaint.models.reading import Reading, Unavailable, widen
+
+
+class Pair(NamedTuple):
+    """Two tensors that should be equal; rounding errors scale with `magnitude` (default: of `expected`)."""
+
+    where: str
+    actual: Tensor
+    expected: Tensor
+    magnitude: float | None = None
+
+
+class Trial(NamedTuple):
+    """A model and what one forward pass on it carried."""
+
+    model: Any
+    reading: Reading
+
+    def setting(self, name: str) -> Any:
+        """A field of `cfg`, else of the configuration of the model that a bridge wraps, else None.
+
+        Bridges leave out of `cfg` what Gemma-2 scales its queries by, and the width of sliding windows.
+        """
+        value = getattr(self.model.cfg, name, None)
+        wrapped = getattr(getattr(self.model, "original_model", None), "config", None)
+        return getattr(wrapped, name, None) if value is None else value
+
+    @property
+    def layers(self) -> range:
+        return range(int(self.model.cfg.n_layers))
+
+    def causal(self) -> bool:
+        return getattr(self.model.cfg, "attention_dir", "causal") == "causal"
+
+
+def pattern_hook(layer: int) -> str:
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
+def pattern_fires(trial: Trial) -> Iterator[Pair]:
+    """The shape of every pattern, which should be [batch, head, query, key]."""
+    batch, length = trial.reading.logits.shape[:2]
+    expected = torch.tensor([batch, int(trial.model.cfg.n_heads), length, length])
+    for layer in trial.layers:
+        shape = trial.reading[pattern_hook(layer)].shape
+        yield Pair(pattern_hook(layer), torch.tensor(shape), expected)
+
+
+def pattern_rows(trial: Trial) -> Iterator[Pair]:
+    for layer in trial.layers:
+        rows = trial.reading[pattern_hook(layer)].sum(-1)
+        yield Pair(pattern_hook(layer), rows, torch.ones_like(rows))
+
+
+def pattern_causal(trial: Trial) -> Iterator[Pair]:
+    if not trial.causal():
+        raise Unavailable("queries may attend to later keys, since cfg.attention_dir is not causal")
+    for layer in trial.layers:
+        later = trial.reading[pattern_hook(layer)].triu(1)
+        yield Pair(pattern_hook(layer), later, torch.zeros_like(later), magnitude=1.0)
+
+
+def pattern_from_scores(trial: Trial) -> Iterator[Pair]:
+    """softmax(q·k) against the pattern. Errors of a softmax scale with the scores, hence the magnitude."""
+    positions = str(getattr(trial.model.cfg, "positional_embedding_type", "standard"))
+    if positions in ("alibi", "relative_positional_bias"):
+        raise Unavailable(f"positions enter the scores as a bias ({positions}) that no hook carries")
+    for layer in trial.layers:
+        rotated = positions == "rotary" or f"blocks.{layer}.attn.hook_rot_q" in trial.reading
+        names = ("hook_rot_q", "hook_rot_k") if rotated else ("hook_q", "hook_k")
+        query, key = (trial.reading[f"blocks.{layer}.attn.{name}"] for name in names)
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, repeat_heads(key, query.shape[2], 2))
+        scores = scores / _score_scale(trial, layer)
+        cap = trial.setting("attn_scores_soft_cap") or 0.0
+        scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
+        expected = scores.masked_fill(_hidden_keys(trial, layer, scores), -math.inf).softmax(-1)
+        pattern = trial.reading[pattern_hook(layer)]
+        yield Pair(pattern_hook(layer), pattern, expected, magnitude=max(1.0, float(scores.abs().max())))
+
+
+def _score_scale(trial: Trial, layer: int) -> float:
+    """What the scores are divided by: as configured, with -1 for the square root of the head's width."""
+    cfg = trial.model.cfg
+    if not getattr(cfg, "use_attn_scale", True):
+        scale = 1.0
+    elif (getattr(cfg, "attn_scale", None) or -1.0) > 0:
+        scale = float(cfg.attn_scale)
+    elif scalar := trial.setting("query_pre_attn_scalar"):
+        scale = math.sqrt(scalar)
+    elif multiplier := trial.setting("attention_multiplier"):
+        scale = 1.0 / float(multiplier)
+    else:
+        scale = math.sqrt(cfg.d_head)
+    return scale * (layer + 1) if trial.setting("scale_attn_by_inverse_layer_idx") else scale
+
+
+def _hidden_keys(trial: Trial, layer: int, scores: Tensor) -> Tensor:
+    """True where a query may not see a key [query, key]: later keys, and those before a sliding window."""
+    query = torch.arange(scores.shape[-2], device=scores.device).unsqueeze(1)
+    key = torch.arange(scores.shape[-1], device=scores.device)
+    hidden = key > query if trial.causal() else torch.zeros_like(key > query)
+    types = trial.setting("attn_types") or trial.setting("layer_types")
+    local = str(types[layer]) in ("local", "sliding_attention") if types else True
+    window = trial.setting("window_size") or trial.setting("sliding_window")
+    if window and local and trial.setting("use_sliding_window") is not False:
+        hidden = hidden | (key <= query - int(window))
+    return hidden
+
+
+def value_mix(trial: Trial) -> Iterator[Pair]:
+    for layer in trial.layers:
+        attention = f"blocks.{layer}.attn"
+        pattern, z = trial.reading[pattern_hook(layer)], trial.reading[f"{attention}.hook_z"]
+        value = repeat_heads(trial.reading[f"{attention}.hook_v"], pattern.shape[1], 2)
+        yield Pair(f"{attention}.hook_z", z, torch.einsum("bhqk,bkhd->bqhd", pattern, value))
+
+
+def output_sum(trial: Trial) -> Iterator[Pair]:
+    for layer in trial.layers:
+        name = _attention_output(trial, layer)
+        z = trial.reading[f"blocks.{layer}.attn.hook_z"]
+        summed = torch.einsum("bqhd,hdm->bqm", z, widen(trial.model.W_O[layer]))
+        yield Pair(name, trial.reading[name], summed + _bias(trial.model, "b_O", layer, summed))
+
+
+def _attention_output(trial: Trial, layer: int) -> str:
+    """The attention's output before any norm that follows it (Gemma-2's second norm, BERT's LN(x + out))."""
+    block, reading = f"blocks.{layer}", trial.reading
+    z = f"{block}.attn.hook_z"
+    after = [name for name in reading.activations if reading.before(z, name)]
+    norms = [name for name in after if name.startswith((f"{block}.ln1", f"{block}.ln2"))]
+    for name in (f"{block}.hook_attn_out", f"{block}.attn.hook_out", f"{block}.attn.o.hook_out"):
+        if name in after and not any(reading.before(norm, name) for norm in norms):
+            return name
+    name = f"{block}.hook_attn_out"
+    raise Unavailable(f"the hook {name} never fired before a norm", name)
+
+
+def weights_query(trial: Trial) -> Iterator[Pair]:
+    return _projection(trial, "Q")
+
+
+def weights_key(trial: Trial) -> Iterator[Pair]:
+    return _projection(trial, "K")
+
+
+def weights_value(trial: Trial) -> Iterator[Pair]:
+    return _projection(trial, "V")
+
+
+def _projection(trial: Trial, letter: str) -> Iterator[Pair]:
+    """W and b against the hook, from whichever form of the attention's input lies nearest."""
+    weights = getattr(trial.model, f"W_{letter}")
+    for layer in trial.layers:
+        actual = trial.reading[f"blocks.{layer}.attn.hook_{letter.lower()}"]
+        weight = _thin_heads(widen(weights[layer]), actual.shape[2])
+        bias = _thin_heads(_bias(trial.model, f"b_{letter}", layer, actual), actual.shape[2])
+        candidates = [torch.einsum("bqm,hmd->bqhd", x, weight) + bias for x in _attention_inputs(trial, layer, letter)]
+        expected = min(candidates, key=lambda candidate: float((candidate - actual).abs().max()))
+        yield Pair(f"W_{letter}[{layer}]", actual, expected)
+
+
+def _attention_inputs(trial: Trial, layer: int, letter: str) -> list[Tensor]:
+    """What the projections may have read: two candidates on HookedTransformer, which puts `hook_normalized`
+    before or after the norm's own weights, depending on its version and on the kind of norm."""
+    block, reading = f"blocks.{layer}", trial.reading
+    query = f"{block}.attn.hook_q"
+    if reading.before(f"{block}.ln1.hook_out", query):
+        inputs = [reading[f"{block}.ln1.hook_out"]]
+    elif reading.before(f"{block}.ln1.hook_normalized", query):
+        norm = trial.model.blocks[layer].ln1
+        normalized = reading[f"{block}.ln1.hook_normalized"]
+        scaled = normalized * getattr(norm, "w", 1.0) + getattr(norm, "b", 0.0)
+        inputs = [normalized, widen(scaled)]
+    else:
+        inputs = [reading[f"{block}.hook_resid_pre"]]
+    if getattr(trial.model.cfg, "positional_embedding_type", None) == "shortformer" and letter != "V":
+        inputs = [x + reading["hook_pos_embed"] for x in inputs]
+    return inputs
+
+
+def residual(trial: Trial) -> Iterator[Pair]:
+    for layer in trial.layers:
+        block, reading = f"blocks.{layer}", trial.reading
+        if reading.before(f"{block}.hook_mlp_out", f"{block}.ln2.hook_normalized"):
+            reason = "a norm follows each addition (post-norm), so that what a block writes doesn't add up"
+            raise Unavailable(reason, f"{block}.hook_resid_post")
+        summed = reading[f"{block}.hook_resid_pre"] + reading[f"{block}.hook_attn_out"]
+        if not getattr(trial.model.cfg, "attn_only", False):
+            summed = summed + reading[f"{block}.hook_mlp_out"]
+        yield Pair(f"{block}.hook_resid_post", reading[f"{block}.hook_resid_post"], summed)
+
+
+def repeat_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
+    """Grouped key and value heads, each repeated for the query heads that share it."""
+    return tensor.repeat_interleave(heads // tensor.shape[dim], dim) if tensor.shape[dim] < heads else tensor
+
+
+def _thin_heads(weight: Tensor, heads: int) -> Tensor:
+    """One of each group of repeated heads: HookedTransformer's W_K repeats what its hook_k holds once."""
+    return weight[:: weight.shape[0] // heads] if weight.shape[0] > heads else repeat_heads(weight, heads, 0)
+
+
+def _bias(model: Any, name: str, layer: int, like: Tensor) -> Tensor:
+    """The layer's bias, or zeros: of a missing one bridges say AttributeError in 4.x, TypeError in 3.x."""
+    try:
+        return widen(getattr(model, name)[layer])
+    except (AttributeError, TypeError):
+        return torch.zeros(like.shape[2:], device=like.device, dtype=like.dtype)

@@ -1,0 +1,258 @@
+"""The hook audit: what holds on each kind of model, what it says of a broken one, and that it leaves no trace."""
+
+import math
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metaint.errors import HookAuditError, InputError, ModelError
+from metaint.models.audit import CHECKS, audit, require
+from tests.builders import available_kinds, build
+from tests.models.handmade import HandMade
+
+MAJOR = int(version("transformer-lens").split(".")[0])
+KINDS = available_kinds()
+
+# Rotated queries and keys are computed inside the model, past any hook (hook_rot_q exists and never fires).
+_ROTATION_UNSEEN = {"pattern_from_scores": "unavailable"}
+# TransformerLens 3 shows the pattern after the model has used it; 4 hands it in before.
+_PATTERN_LATE = {"edit_pattern": "fails"} if MAJOR == 3 else {}
+# BERT's pattern is shown late in both, its norms follow the additions, and 3's cfg calls it causal.
+_BERT_DIRECTION = (
+    {"pattern_causal": "fails", "pattern_from_scores": "fails"} if MAJOR == 3 else {"pattern_causal": "unavailable"}
+)
+EXCEPTIONS: dict[str, dict[str, str]] = {
+    "native-attn-only": _PATTERN_LATE,
+    "native-mlp-ln": _PATTERN_LATE,
+    "native-gqa": _PATTERN_LATE,
+    "native-rms-rotary": {**_PATTERN_LATE, **_ROTATION_UNSEEN},
+    "neox": _ROTATION_UNSEEN,
+    "bert": {**_BERT_DIRECTION, "residual": "unavailable", "edit_pattern": "fails"},
+}
+
+
+def statuses(model: Any) -> dict[str, str]:
+    table = audit(model)
+    return dict(zip(table["check"], table["status"], strict=True))
+
+
+def expected(kind: str) -> dict[str, str]:
+    return {**dict.fromkeys(CHECKS, "holds"), **EXCEPTIONS.get(kind, {})}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_each_kind_has_its_statuses_in_any_dtype(kind: str, dtype: torch.dtype) -> None:
+    assert statuses(build(kind).to(dtype)) == expected(kind)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("hooked")])
+def test_compatibility_mode_changes_no_status(kind: str) -> None:
+    model = build(kind)
+    model.enable_compatibility_mode(disable_warnings=True)
+    assert statuses(model) == expected(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gemma2", {"sliding_window": 4}),
+        ("gemma2", {"query_pre_attn_scalar": 3}),
+        ("hooked", {"positional_embedding_type": "shortformer"}),
+        ("hooked", {"use_local_attn": True, "window_size": 4, "attn_types": ["local", "global"]}),
+        ("hooked", {"use_attn_scale": False}),
+        ("hooked", {"scale_attn_by_inverse_layer_idx": True}),
+        ("hooked", {"attn_scores_soft_cap": 2.0}),
+        ("hooked", {"parallel_attn_mlp": True}),
+    ],
+)
+def test_what_the_configuration_asks_for_is_understood(kind: str, overrides: dict[str, Any]) -> None:
+    if kind not in KINDS:
+        pytest.skip(f"this TransformerLens has no {kind}")
+    assert statuses(build(kind, **overrides)) == expected(kind)
+
+
+def test_a_hooked_transformer_with_norms_before_and_after_hides_its_output() -> None:
+    if "hooked-rotary" not in KINDS:
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    found = statuses(build("hooked-rotary", use_normalization_before_and_after=True))
+    assert found == {**expected("hooked-rotary"), "output_sum": "unavailable"}
+
+
+def test_table_has_one_row_a_check_and_its_columns() -> None:
+    table = audit(HandMade())
+    assert list(table.columns) == ["check", "status", "difference", "where", "note"]
+    assert list(table["check"]) == list(CHECKS)
+    assert (table["status"] == "holds").all()
+    assert all(note.endswith(".") for note in table["note"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "changed"),
+    [
+        ("late_pattern", {"edit_pattern": "fails"}),
+        ("late_z", {"edit_z": "fails"}),
+        ("late_value", {"edit_value": "fails"}),
+        ("flat_pattern", {"pattern_rows": "fails", "pattern_from_scores": "fails"}),
+        ("leaky_mask", {"pattern_causal": "fails", "pattern_from_scores": "fails"}),
+        ("silent_z", {"value_mix": "unavailable", "output_sum": "unavailable", "edit_z": "unavailable"}),
+    ],
+)
+def test_a_fault_in_one_layer_is_found_there(fault: str, changed: dict[str, str]) -> None:
+    model = HandMade(fault)
+    assert statuses(model) == {**dict.fromkeys(CHECKS, "holds"), **changed}
+    table = audit(model).set_index("check")
+    assert all(table.loc[check, "where"].startswith("blocks.1.") for check in changed)
+
+
+def test_a_pattern_hook_that_never_fires_fails_and_is_named() -> None:
+    table = audit(HandMade("silent_pattern")).set_index("check")
+    assert table.loc["pattern_fires", "status"] == "fails"
+    assert table.loc["pattern_fires", "note"] == "The hook blocks.1.attn.hook_pattern never fired."
+    for check in ("pattern_rows", "pattern_causal", "pattern_from_scores", "value_mix", "edit_pattern"):
+        assert table.loc[check, "status"] == "unavailable"
+        assert table.loc[check, "where"] == "blocks.1.attn.hook_pattern"
+
+
+def test_not_a_number_never_holds() -> None:
+    found = statuses(HandMade("not_a_number"))
+    failing = {check for check, status in found.items() if status == "fails"}
+    assert failing >= {"value_mix", "output_sum", "residual"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("letter", ["Q", "K", "V"])
+def test_weights_in_the_wrong_orientation_are_found(kind: str, letter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(kind)
+    right = getattr(model, f"W_{letter}").clone()
+    layers, heads, d_model, d_head = right.shape
+    wrong = right.permute(0, 1, 3, 2).reshape(layers, heads, d_model, d_head)
+    monkeypatch.setattr(type(model), f"W_{letter}", property(lambda self: wrong))
+    check = {"Q": "weights_query", "K": "weights_key", "V": "weights_value"}[letter]
+    assert statuses(model) == {**expected(kind), check: "fails"}
+    with pytest.raises(HookAuditError, match=rf"^The hook audit's {check} fails at W_{letter}\[[01]\] \(diff"):
+        require(model, [check])
+
+
+def test_a_transposed_output_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(KINDS[0])
+    wrong = model.W_O.transpose(2, 3).reshape(model.W_O.shape)
+    monkeypatch.setattr(type(model), "W_O", property(lambda self: wrong))
+    assert statuses(model) == {**expected(KINDS[0]), "output_sum": "fails"}
+
+
+def test_require_passes_what_holds_and_says_what_fails() -> None:
+    require(HandMade(), CHECKS)
+    with pytest.raises(HookAuditError) as error:
+        require(HandMade("late_z"), ["pattern_rows", "edit_z"])
+    assert str(error.value) == (
+        "The hook audit's edit_z fails at blocks.1.attn.hook_z (difference 0): "
+        "An edit at hook_z should change the logits."
+    )
+    with pytest.raises(HookAuditError) as error:
+        require(HandMade("silent_pattern"), ["value_mix"])
+    assert str(error.value) == (
+        "The hook audit's value_mix can't be checked at blocks.1.attn.hook_pattern: "
+        "The hook blocks.1.attn.hook_pattern never fired."
+    )
+
+
+def test_require_refuses_unknown_checks() -> None:
+    with pytest.raises(InputError, match=r"^checks has 'pattern_sum'; it should name checks of the audit: patt"):
+        require(HandMade(), ["pattern_sum"])
+
+
+class _Passes:
+    """Counts the forward passes of a model."""
+
+    def __init__(self, model: HandMade) -> None:
+        self.count = 0
+        model.blocks[0].register_forward_pre_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        self.count += 1
+
+
+def test_few_passes_and_only_those_needed() -> None:
+    model = HandMade()
+    passes = _Passes(model)
+    require(model, ["pattern_rows", "value_mix"])
+    require(model, ["pattern_rows"])
+    assert passes.count == 1
+    audit(model)
+    audit(model)
+    assert passes.count == 5
+    audit(model, refresh=True)
+    assert passes.count == 10
+
+
+def trace(model: Any) -> dict[str, Any]:
+    """All that an audit could leave behind."""
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    return {
+        "hooks": [(len(p._forward_hooks), len(p.fwd_hooks), len(p.bwd_hooks)) for p in points],
+        "ctx": [dict(p.ctx) for p in points],
+        "training": [module.training for module in model.modules()],
+        "gradients": [(p.requires_grad, p.grad is None) for p in model.parameters()],
+        "rng": torch.random.get_rng_state().tolist(),
+        "grad_enabled": torch.is_grad_enabled(),
+        "level": model.context_level,
+    }
+
+
+def _mixed_mode(model: Any) -> None:
+    model.train()
+    model.blocks[1].attn.training = False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("raises", [False, True])
+def test_no_trace_is_left(kind: str, raises: bool) -> None:
+    model = build(kind)
+    calls: list[str] = []
+    model.add_hook("blocks.0.attn.hook_pattern", lambda pattern, hook: calls.append(hook.name))
+    model.add_hook("blocks.1.attn.hook_z", lambda z, hook: z * 0)
+    _mixed_mode(model)
+    before, weights = trace(model), {k: v.clone() for k, v in model.state_dict().items()}
+    if raises:
+        handle = model.blocks[1].register_forward_pre_hook(_refuse)
+        with pytest.raises(ModelError, match=r"^The hook audit's forward pass failed: OSError: no$"):
+            audit(model)
+        handle.remove()
+    else:
+        assert statuses(model) == expected(kind), "dropout or a caller's hook got in the way"
+    assert calls == []
+    assert trace(model) == before
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+def _refuse(*_: Any) -> None:
+    raise OSError("no")
+
+
+def test_callers_hooks_work_and_come_off_after_an_audit() -> None:
+    model = HandMade()
+    calls: list[Tensor] = []
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: calls.append(z))]):
+        audit(model)
+        assert calls == []
+        model(torch.tensor([[1, 2]]))
+        assert len(calls) == 1
+    model(torch.tensor([[1, 2]]))
+    assert len(calls) == 1
+
+
+def test_the_edits_report_the_weakest_layer() -> None:
+    model = HandMade()
+    with torch.no_grad():
+        model.W_O[0] *= 1e-3
+    row = audit(model).set_index("check").loc["edit_z"]
+    assert row["status"] == "holds"
+    assert row["where"] == "blocks.0.attn.hook_z"
+    assert 0 < row["difference"] < 1
+    assert not math.isnan(row["difference"])
