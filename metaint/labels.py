@@ -41,7 +41,7 @@ class Evidence:
 
     @property
     def floor(self) -> np.ndarray:
-        """What a label is measured from: the larger of uniform and null (for averaging, whose ideal is uniform, null)."""
+        """What a label is measured from: the larger of uniform and null."""
         return np.fmax(self.null_mean, self.uniform)
 
     @property

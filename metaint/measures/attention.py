@@ -339,21 +339,25 @@ def targets(measure: Measure, context: Context) -> Pairs:
 
 
 def shuffled(
-    tile: Tile, matches: Float[Tensor, "*kind batch query"]
-) -> tuple[Float[Tensor, "*kind batch head query"], Float[Tensor, "*kind batch head query"]]:
-    """Mean and variance of the weight on `matches` keys drawn at random from the same row, exactly.
+    tile: Tile, matches: Float[Tensor, "kind batch query"]
+) -> tuple[Float[Tensor, "kind batch head"], Float[Tensor, "kind batch head"]]:
+    """Mean and variance of what each kind would score on shuffled rows, summed over queries, exactly.
 
-    The null of a kind: the row's own weights, shuffled among its visible keys other than position 0 (so that a sink
-    neither helps nor hides), are read at as many places as the kind has targets. Sampling m of N weights without
-    replacement has mean m mean(A) and variance m (1 - m/N) S^2, so no shuffle is ever drawn. Rows are taken as
-    independent, so the variance of their mean is a lower bound where patterns repeat along a diagonal.
+    The null of a kind: each row's own weights, shuffled among its visible keys other than position 0 (so that a sink
+    neither helps nor hides), are read at as many places as the kind has targets there (`matches`). Sampling m of N
+    weights without replacement has mean m mean(A) and variance m (1 - m/N) S^2, so no shuffle is ever drawn. Rows are
+    taken as independent, so the variance is a lower bound where patterns repeat along a diagonal.
     """
+    counted = tile.context.counted[:, None]
     pool = (tile.n_visible - 1).clamp(min=1)
-    m = torch.minimum(matches.unsqueeze(-2), pool)
-    mean = (1 - tile.on_first) / pool
-    spread = (tile.sum_squares - tile.on_first.square()) / pool - mean.square()
+    mean = ((1 - tile.on_first) / pool).masked_fill(~counted, 0)
+    spread = (tile.sum_squares - tile.on_first.square()).masked_fill(~counted, 0) / pool - mean.square()
     variance = spread.clamp(min=0) * pool / (pool - 1).clamp(min=1)
-    return m * mean, m * (1 - m / pool) * variance
+    m = torch.minimum(matches, pool[:, 0])
+    return (
+        torch.einsum("kbq,bhq->kbh", m, mean),
+        torch.einsum("kbq,bhq->kbh", m * (1 - m / pool[:, 0]), variance),
+    )
 
 
 # ---- the scores of transformer_lens.head_detector -----------------------------------------------------------------

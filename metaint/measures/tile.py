@@ -193,7 +193,10 @@ def _walk_block(
 ) -> list[Float[Tensor, "head row"]]:
     """Entropy, maximum, sum of squares, overlap with uniform, mean and deviation of the key, and the tie counts."""
     a, b = (part[: block.numel()].view(block.shape) for part in space)
-    a.copy_(block).clamp_(min=TINY)
+    if block.dtype == a.dtype:
+        torch.clamp(block, min=TINY, out=a)
+    else:
+        a.copy_(block).clamp_(min=TINY)
     maximum = a.amax(-1)
     sum_squares = torch.linalg.vector_norm(a, dim=-1).square_()
     entropy = torch.log(a, out=b).mul_(a).sum(-1).neg_()

@@ -113,7 +113,7 @@ class HeadProbe(Probe):
         n_kinds, full = len(self.kinds), sums.dtype
         if self.statistics:
             values, defined = self._statistics(tile)
-            sums[:, n_kinds:, layer] += torch.einsum("sbhq,sbq->bsh", values.to(full), defined.to(full))
+            sums[:, n_kinds:, layer] += values.sum(-1, dtype=full).transpose(0, 1)
             counts[:, n_kinds:, layer] += defined.sum(-1).mT
             uniform[:, n_kinds:, layer] += plan.uniform_statistics(self, full)
         if not bool(tile.sum_squares.isfinite().mT[plan.context.counted].all()):
@@ -126,8 +126,8 @@ class HeadProbe(Probe):
             counts[:, :n_kinds, layer] += plan.defined.to(full)
             uniform[:, :n_kinds, layer] += plan.uniform_kinds.to(full)
             mean, variance = shuffled(tile, plan.matches)
-            self.null_mean[:, layer] += mean.sum((1, 3), dtype=full)
-            self.null_variance[:, layer] += variance.sum((1, 3), dtype=full)
+            self.null_mean[:, layer] += mean.sum(1, dtype=full)
+            self.null_variance[:, layer] += variance.sum(1, dtype=full)
 
     def _statistics(self, tile: Tile) -> tuple[Float[Tensor, "slot b head q"], Bool[Tensor, "slot b q"]]:
         """Every statistic of every row, 0 where it is not defined, and where it is."""

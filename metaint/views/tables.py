@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 
 import pandas as pd
 import xarray as xr
@@ -79,16 +80,41 @@ def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled hea
         table.add_column(name, no_wrap=True)
     for name in ("score", "95 % interval", "uniform", "null", "margin", "on first"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in named.sort_values(["label", "margin"], ascending=[True, False]).itertuples():
-        interval = "" if math.isnan(row.low) else f"{number(row.low)} to {number(row.high)}"
-        null = "" if math.isnan(row.null_mean) else f"{number(row.null_mean)} ± {number(row.null_std)}"
-        numbers = (interval, number(row.uniform), null, number(row.margin), number(row.on_first))
-        table.add_row(row.head, row.label, f"[bold]{number(row.score)}[/]", *numbers)
+    for row in named.sort_values(["label", "margin"], ascending=[True, False]).to_dict("records"):
+        interval = "" if math.isnan(row["low"]) else f"{number(row['low'])} to {number(row['high'])}"
+        null = "" if math.isnan(row["null_mean"]) else number(row["null_mean"])
+        null += "" if math.isnan(row["null_std"]) else f" ± {number(row['null_std'])}"
+        numbers = (interval, number(row["uniform"]), null, number(row["margin"]), number(row["on_first"]))
+        table.add_row(row["head"], row["label"], f"[bold]{number(row['score'])}[/]", *numbers)
     console.print(table)
     console.print(
         "[dim]uniform: what even attention scores on these tokens; null: the same rows read at random other keys "
         "(for averaging: the model's typical head); on first: weight on position 0, the attention sink.[/]\n"
     )
+
+
+def print_births(console: Console, births: xr.DataTree, since: Mapping[tuple[str, str], int]) -> None:
+    """How two scores of the heads that hold such a label at the end grew over the checkpoints, and since when."""
+    heads, training = births["heads"].to_dataset(), births["training"].to_dataset()
+    wanted = {"previous-token": "previous_token", "induction": "induction"}
+    followed = sorted((head, label) for head, label in since if label in wanted)
+    if not followed:
+        console.print("No head holds the previous-token or the induction label at the end.\n")
+        return
+    table = Table(title="Over training", box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("step", "in-context accuracy", *(f"{head} {label}" for head, label in followed)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for step in heads["step"].values:
+        cells = []
+        for head, label in followed:
+            layer, index = (int(part) for part in head.split("."))
+            value = float(heads[wanted[label]].sel(step=step, layer=layer, head=index))
+            cells.append(f"[bold]{number(value)}[/]" if step >= since[head, label] else number(value))
+        table.add_row(str(int(step)), number(float(training["accuracy"].sel(step=step))), *cells)
+    console.print(table)
+    for head, label in sorted(followed, key=lambda pair: since[pair]):
+        console.print(f"Head {head} appeared as {label} head at step {since[head, label]} (bold from there on).")
+    console.print()
 
 
 def print_audit(console: Console, checks: pd.DataFrame, name: str) -> None:
@@ -97,9 +123,10 @@ def print_audit(console: Console, checks: pd.DataFrame, name: str) -> None:
     table = Table(title=f"Hook audit of {name}", box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("check", "status", "difference", "where", "note"):
         table.add_column(column, justify="right" if column == "difference" else "left", overflow="fold")
-    for row in checks.itertuples():
-        size = "" if math.isnan(row.difference) else f"{row.difference:.1e}"
-        table.add_row(row.check, f"[{colours[row.status]}]{row.status}[/]", size, escape(row.where), escape(row.note))
+    for row in checks.to_dict("records"):
+        size = "" if math.isnan(row["difference"]) else f"{row['difference']:.1e}"
+        status = f"[{colours[row['status']]}]{row['status']}[/]"
+        table.add_row(row["check"], status, size, escape(row["where"]), escape(row["note"]))
     console.print(table)
 
 

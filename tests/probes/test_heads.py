@@ -110,7 +110,7 @@ def test_cache_read_after_the_fact(gpt2, repeated, repeated_scan):
 
 def test_cache_without_patterns_is_refused(gpt2, repeated):
     _, cache = gpt2.run_with_cache(repeated, names_filter="blocks.0.attn.hook_pattern")
-    with pytest.raises(InputError, match="cache lacks blocks.1.attn.hook_pattern: run with a names_filter"):
+    with pytest.raises(InputError, match=r"cache lacks blocks\.1\.attn\.hook_pattern: run with a names_filter"):
         metaint.read_cache(cache, repeated)
 
 
@@ -322,7 +322,9 @@ def test_a_model_without_patterns_is_refused(gpt2):
     class Blind:
         cfg, hook_dict = gpt2.cfg, {"blocks.0.hook_resid_pre": None}
 
-    with pytest.raises(HookAuditError, match="HeadProbe reads blocks.0.attn.hook_pattern, which this model does not"):
+    with pytest.raises(
+        HookAuditError, match=r"HeadProbe reads blocks\.0\.attn\.hook_pattern, which this model does not"
+    ):
         metaint.HeadProbe().prepare(Blind())
 
 
