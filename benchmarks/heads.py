@@ -32,9 +32,7 @@ def build() -> Any:
     from metaint import open_model
 
     with tempfile.TemporaryDirectory() as folder:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(0)
-            GPT2LMHeadModel(GPT2Config(n_positions=2048)).save_pretrained(folder)
+        GPT2LMHeadModel(GPT2Config(n_positions=2048)).save_pretrained(folder)
         model = open_model(folder, device="cpu")
     for parameter in model.parameters():
         parameter.requires_grad_(False)

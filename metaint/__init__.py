@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         StoreError,
     )
     from metaint.labels import label_heads
-    from metaint.measures.attention import kind, statistic
+    from metaint.measures.measure import kind, statistic
     from metaint.models.audit import audit
     from metaint.models.open import open_model
     from metaint.probes.heads import HeadProbe
@@ -41,7 +41,7 @@ _HOMES = {
         "ActivationError", "HookAuditError", "InputError", "MetaintError", "ModelError", "StoreError",
     ),
     "metaint.labels": ("label_heads",),
-    "metaint.measures.attention": ("kind", "statistic"),
+    "metaint.measures.measure": ("kind", "statistic"),
     "metaint.models.audit": ("audit",),
     "metaint.models.open": ("open_model",),
     "metaint.probes.heads": ("HeadProbe",),

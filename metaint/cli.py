@@ -74,13 +74,13 @@ def scan(
     from metaint.views.tables import print_scan, to_csv, to_json
 
     if prose is not None:
-        task = {"task": "text", "source": str(text)}
+        source = {"task": "text", "source": str(text)}
         batch = text_tokens(opened, prose, length, max(1, tokens // length), seed=seed, bos=bos)
     else:
         block = repeat or 50
-        task = {"task": "repeated_tokens"}
+        source = {"task": "repeated_tokens"}
         batch = default_tokens(opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None)
-    found = scan(opened, batch, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), **task)
+    found = scan(opened, batch, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), attributes=source)
     if out is not None:
         save(found, out)
     if as_json or as_csv:
@@ -90,7 +90,7 @@ def scan(
         facts = found.attrs
         console.print(
             f"{facts['model']}: {facts['n_layers']} layers x {facts['n_heads']} heads, {facts['weights']} weights, "
-            f"{facts['dtype']}; {batch.shape[0]} sequences of {batch.shape[1]} tokens ({task['task']}"
+            f"{facts['dtype']}; {batch.shape[0]} sequences of {batch.shape[1]} tokens ({source['task']}"
             f"{', with BOS' if facts['bos'] else ''}, seed {seed})\n"
         )
         print_scan(console, found, sort, top)

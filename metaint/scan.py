@@ -1,6 +1,6 @@
 """Reading a model: in one call (`scan`), inside the owner's own passes (`attach`), or from a cache (`read_cache`)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,19 +43,19 @@ def scan(
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
-    **attributes: Any,
+    attributes: Mapping[str, Any] | None = None,
 ) -> xr.DataTree:
     """Scan a model in evaluation mode: one forward pass for each batch feeds every probe.
 
     `tokens` is a batch of token ids, a text, or None for 10 sequences of 50 random tokens repeated twice (see
-    `metaint.tasks`); `probes` defaults to `[HeadProbe()]`; further keywords are recorded as attributes. Returns a
+    `metaint.tasks`); `probes` defaults to `[HeadProbe()]`; `attributes` are recorded at the root of the scan. Returns a
     `DataTree` with one group for each probe. Raises InputError for tokens that the model can't take, HookAuditError
     for a model whose hooks are not what a probe needs.
     """
     probes = [HeadProbe()] if probes is None else list(probes)
+    facts: dict[str, Any] = {"task": "repeated_tokens" if tokens is None else "given", **(attributes or {})}
     if tokens is None:
         tokens = default_tokens(model, seed=seed)
-        attributes.setdefault("task", "repeated_tokens")
     elif isinstance(tokens, str):
         tokens = model.to_tokens(tokens)
     tokens, mask = check_tokens(model, tokens, attention_mask)
@@ -68,7 +68,7 @@ def scan(
             padding = {} if mask is None else {"attention_mask": mask[rows]}
             model(tokens[rows], return_type=None, **padding)
     bos = starts_with_bos(model, tokens, mask)
-    return assemble(probes, seed=seed, bos=int(bos), tokens_shape=list(tokens.shape), **attributes)
+    return assemble(probes, {"seed": seed, "bos": int(bos), "tokens_shape": list(tokens.shape), **facts})
 
 
 def read_cache(
@@ -76,7 +76,7 @@ def read_cache(
     tokens: Int[Tensor, "batch position"] | None = None,
     attention_mask: Tensor | None = None,
     probes: Sequence[Probe] | None = None,
-    **attributes: Any,
+    attributes: Mapping[str, Any] | None = None,
 ) -> xr.DataTree:
     """Scan an `ActivationCache` after the fact: nothing is run, and nothing in the cache is changed.
 
@@ -104,7 +104,7 @@ def read_cache(
                 activation = activation[None]
             with quietly(activation.device.type):
                 probe.read(name, activation.detach(), watch)
-    return assemble(probes, **attributes)
+    return assemble(probes, attributes)
 
 
 def default_tokens(

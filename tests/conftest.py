@@ -12,7 +12,6 @@ from jaxtyping import install_import_hook
 with install_import_hook(["metaint.measures"], "beartype.beartype"):
     import metaint.measures.attention
     import metaint.measures.resampling
-    import metaint.measures.tile
 
 import metaint
 from metaint.tasks import repeated_tokens

@@ -1,1 +1,1 @@
-
+"""The papers as experiments: train, probe along the way, compare."""

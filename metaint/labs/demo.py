@@ -44,11 +44,8 @@ def run(console: Console, text: str, seed: int = 0, out: Path = Path("demo.zarr"
     console.print()
     print_scan(console, births.isel(step=-1))
     print_births(console, births, first_labelled(births))
-    info = {
-        "seed": seed,
-        "accuracy": float(training.history["accuracy"][-1]),
-        "steps": int(births["heads"]["step"][-1]),
-    }
+    last = training.history.isel(step=-1)
+    info = {"seed": seed, "accuracy": float(last["accuracy"]), "steps": int(last["step"])}
     folder = save_toy(training.model, list(task.vocabulary), info)
     path = save(births, out)
     console.print(
@@ -77,9 +74,10 @@ def scan_checkpoints(training: Training, seed: int) -> xr.DataTree:
     """`/heads` at every checkpoint along a `step` dimension, on the same repeated random tokens, and `/training`."""
     model = training.model
     tokens = default_tokens(model, seed=seed)
-    scans = []
-    for checkpoint in tqdm(training.checkpoints, desc="scanning checkpoints", leave=False):
-        scans.append(scan(restore(model, checkpoint), tokens, seed=seed, task="repeated_tokens"))
+    scans = [
+        scan(restore(model, checkpoint), tokens, seed=seed, attributes={"task": "repeated_tokens"})
+        for checkpoint in tqdm(training.checkpoints, desc="scanning checkpoints", leave=False)
+    ]
     steps = xr.DataArray([step for step, _ in training.checkpoints], dims="step", name="step")
     heads = xr.concat([s["heads"].to_dataset() for s in scans], dim=steps, combine_attrs="override")
     root = xr.Dataset(attrs=scans[-1].attrs)
@@ -92,6 +90,7 @@ def first_labelled(births: xr.DataTree) -> dict[tuple[str, str], int]:
     since: dict[tuple[str, str], int] = {}
     for step in heads["step"].values:
         found = label_heads(heads.sel(step=step, drop=True))
-        held = {(r.head, r.label) for r in found.itertuples() if r.label != "none"}
+        named = found[found["label"] != "none"]
+        held = set(zip(named["head"], named["label"], strict=True))
         since = {pair: since.get(pair, int(step)) for pair in held}
     return since

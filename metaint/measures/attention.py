@@ -7,58 +7,22 @@ from the tile. `metaint.HeadProbe` folds them over a model.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import update_wrapper
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaint.errors import InputError
+from metaint.measures.detector import detector_scores
+from metaint.measures.measure import Measure, Pairs, kind, statistic
 from metaint.measures.tile import Context, Tile
+
+__all__ = ["HEAD_MEASURES", "Measure", "detector_scores", "kind", "resolve", "shuffled", "statistic", "targets"]
 
 LOCAL_WINDOW = 8
 SINK_THRESHOLD, SINK_POSITIONS = 0.3, 64
-
-
-# Indices (batch, query, key) of a mask, in rising order.
-Pairs = tuple[Int[Tensor, " _"], Int[Tensor, " _"], Int[Tensor, " _"]]
-
-
-@dataclass(eq=False)
-class Measure:
-    """A named function of a tile or its context; `form` says which of the two forms of this file it has."""
-
-    name: str
-    form: Literal["kind", "statistic"]
-    function: Callable[..., Any] = field(repr=False)
-    # A statistic over several tolerances returns `[tau, batch, head, query]`.
-    per_tau: bool = False
-    # Where the score is not the mean over queries: from a sequence's sum and count to its value (or NaN).
-    per_sequence: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-def kind(function: Callable[[Context], Tensor | Pairs]) -> Measure:
-    """Make a kind of head from a function of the context that returns a mask `[batch, query, key]`.
-
-    Or its indices, as of `mask.nonzero(as_tuple=True)`, where there is a shorter way to them. The score of a query
-    is its weight on those keys, and the kind is defined for the queries with at least one. Keys that a query can't
-    see, and queries at position 0 or in padding, are dropped for you.
-    """
-    return update_wrapper(Measure(function.__name__, "kind", function), function)
-
-
-def statistic(function: Callable[[Tile], Tensor]) -> Measure:
-    """Make a statistic from a function of a tile that returns values `[batch, head, query]`.
-
-    Not a number means that the statistic is not defined for that query.
-    """
-    return update_wrapper(Measure(function.__name__, "statistic", function), function)
 
 
 # ---- kinds: where should this query look? -----------------------------------------------------------------------
@@ -161,7 +125,9 @@ def induction(context: Context) -> Pairs:
         later = (period[batch] > 0) & (key - start[batch] >= copy * period[batch])
         found.append(_keep((batch, query, ahead), later))
     none = _keep((batch, query, key), torch.zeros_like(key, dtype=torch.bool))
-    return _past_first(context, tuple(torch.cat(part) for part in zip(none, *found, strict=True)))
+    parts = [none, *found]
+    joined = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+    return _past_first(context, joined)
 
 
 def find_period(
@@ -277,8 +243,8 @@ def sink_rate(tile: Tile) -> Float[Tensor, "batch head query"]:
 
 
 sink_rate.per_sequence = is_sink
-for _measure in (tied_keys, tied_keys_normalised, tied_keys_log):
-    _measure.per_tau = True
+for tied in (tied_keys, tied_keys_normalised, tied_keys_log):
+    tied.per_tau = True
 
 HEAD_MEASURES: tuple[Measure, ...] = (
     previous_token,
@@ -358,50 +324,3 @@ def shuffled(
         torch.einsum("kbq,bhq->kbh", m, mean),
         torch.einsum("kbq,bhq->kbh", m * (1 - m / pool[:, 0]), variance),
     )
-
-
-# ---- the scores of transformer_lens.head_detector -----------------------------------------------------------------
-
-DetectorName = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
-
-
-def detector_scores(
-    pattern: Float[Tensor, "head query key"],
-    tokens: Int[Tensor, " key"],
-    *,
-    exclude_bos: bool = False,
-    exclude_current_token: bool = False,
-    error_measure: str = "mul",
-) -> dict[DetectorName, Float[Tensor, " head"]]:
-    """The scores of `transformer_lens.head_detector.detect_head`, for its three kinds at once.
-
-    To find one's feet, not to judge a head by: an ideal induction head scores 0.5 here, since "mul" divides by the
-    weight of every query, and with `exclude_bos` a sink with 1 % on the previous token scores 1.0. "mul" is in
-    [0, 1]; "abs" is 1 minus the mean absolute difference of a row, unbounded below. The pattern is not edited.
-    """
-    if error_measure not in ("mul", "abs"):
-        raise InputError(f'error_measure is {error_measure!r}: choose "mul" or "abs".')
-    length = pattern.shape[-1]
-    keys = torch.arange(length, device=pattern.device)
-    back = keys[:, None] - keys
-    same = (tokens[:, None] == tokens[None, :]) & (back > 0)
-    shifted = torch.zeros_like(same)
-    shifted[:, 1:] = (tokens[:, None] == tokens[None, :-1]) & (back[:, :-1] > 0)
-    wanted: dict[DetectorName, Tensor] = {
-        "previous_token_head": back == 1,
-        "duplicate_token_head": same,
-        "induction_head": shifted & (back >= 0),
-    }
-    kept = torch.ones(length, length, dtype=torch.bool, device=pattern.device)
-    if exclude_bos:
-        kept[:, 0] = False
-    if exclude_current_token:
-        kept.fill_diagonal_(False)
-    if error_measure == "mul":
-        total = (pattern * kept).sum((-2, -1))
-        return {name: (pattern * (mask & kept)).sum((-2, -1)) / total for name, mask in wanted.items()}
-    # detect_head rounds the distance to three decimals, and so do we.
-    return {
-        name: 1 - ((pattern - mask.float()).abs() * kept).sum((-2, -1)).div(length).mul(1000).round().div(1000)
-        for name, mask in wanted.items()
-    }

@@ -128,5 +128,4 @@ def watching(model: Any) -> Iterator[InputWatch]:
 
 def _cached(past: Any) -> int | None:
     """Length of a Hugging Face cache, as far as it says so."""
-    length = getattr(past, "get_seq_length", None)
-    return int(length()) if callable(length) else None
+    return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else None

@@ -64,9 +64,10 @@ def _boot(name: str, local: bool, options: dict[str, Any]) -> Any:
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
-        from transformer_lens import HookedTransformer
+        import transformer_lens
 
-        boot = HookedTransformer.from_pretrained_no_processing
+        library: Any = transformer_lens  # whose version 4 has no such class
+        boot = library.HookedTransformer.from_pretrained_no_processing
     else:
         boot = TransformerBridge.boot_transformers
     try:

@@ -1,7 +1,7 @@
 """The base of every probe: hooks that fold what they read into a small `torchmetrics` state."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,9 +107,9 @@ class Probe(Metric):
             setattr(self, name, [*value, *theirs[: len(theirs) - len(value)]])
         self._computed = None  # torchmetrics keeps the value from before the merge otherwise
 
-    def to_scan(self, **attributes: Any) -> xr.DataTree:
+    def to_scan(self, attributes: Mapping[str, Any] | None = None) -> xr.DataTree:
         """What was read so far as a scan with this probe's group alone."""
-        return assemble([self], **attributes)
+        return assemble([self], attributes)
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def quietly(device: str) -> Any:
         yield
 
 
-def assemble(probes: Sequence[Probe], **attributes: Any) -> xr.DataTree:
+def assemble(probes: Sequence[Probe], attributes: Mapping[str, Any] | None = None) -> xr.DataTree:
     """A scan from probes: one group each, with the model's facts and further attributes at the root."""
     import transformer_lens
 
@@ -134,5 +134,5 @@ def assemble(probes: Sequence[Probe], **attributes: Any) -> xr.DataTree:
         "torch_version": torch.__version__,
     }
     facts = probes[0].facts if probes else {}
-    root = xr.Dataset(attrs={**facts, **versions, **{k: v for k, v in attributes.items() if v is not None}})
+    root = xr.Dataset(attrs={**facts, **versions, **(attributes or {})})
     return xr.DataTree.from_dict({"/": root, **groups})

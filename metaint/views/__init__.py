@@ -1,1 +1,1 @@
-
+"""Scans made readable. Imported by nothing that measures."""

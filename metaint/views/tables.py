@@ -35,7 +35,7 @@ def head_frame(scan: xr.DataTree) -> pd.DataFrame:
 
 def to_json(scan: xr.DataTree) -> str:
     """The table of heads as JSON: attributes, then one record for each head; what is not a number is null."""
-    records = json.loads(head_frame(scan).to_json(orient="records", double_precision=12))
+    records = json.loads(head_frame(scan).to_json(orient="records", double_precision=12) or "[]")
     for record in records:
         record["labels"] = [name for name in record["labels"].split(",") if name]
     return json.dumps({"attributes": scan.attrs, "heads": records}, indent=1, default=str)
@@ -54,7 +54,7 @@ def print_scan(console: Console, scan: xr.DataTree, sort: str | None = None, top
     tied = [f"{m}_tau_{TAU_SHOWN:g}" for m in heads if f"{m}_count" in heads and "tau" in heads[m].dims]
     scores = [str(name) for name in names]
     order = sort or next((n for n in ("induction", "prefix_match", *scores) if _known(frame, n)), None)
-    if order not in frame or order in ("head", "labels"):
+    if order is None or order not in frame or order in ("head", "labels"):
         raise InputError(f"sort is {sort!r}: choose one of {', '.join([*scores, *tied])}.")
     frame = frame.sort_values(order, ascending=False, kind="stable").head(top or len(frame))
     print_labels(console, scan)
@@ -70,17 +70,18 @@ def print_scan(console: Console, scan: xr.DataTree, sort: str | None = None, top
 def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled heads") -> None:
     """The labelled heads with score, baseline, null and interval."""
     found = label_heads(scan)
-    named = found[found["label"] != "none"]
-    total = found["head"].nunique()
+    named = found.query("label != 'none'").sort_values(by=["label", "margin"], ascending=[True, False])
+    total = len(set(found["head"]))
     if named.empty:
         console.print(f"None of the {total} heads earns a label.")
         return
-    table = Table(title=f"{title}: {named['head'].nunique()} of {total}", box=box.SIMPLE_HEAD, title_justify="left")
+    count = len(set(named["head"]))
+    table = Table(title=f"{title}: {count} of {total}", box=box.SIMPLE_HEAD, title_justify="left")
     for name in ("head", "label"):
         table.add_column(name, no_wrap=True)
     for name in ("score", "95 % interval", "uniform", "null", "margin", "on first"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in named.sort_values(["label", "margin"], ascending=[True, False]).to_dict("records"):
+    for row in named.to_dict("records"):
         interval = "" if math.isnan(row["low"]) else f"{number(row['low'])} to {number(row['high'])}"
         null = "" if math.isnan(row["null_mean"]) else number(row["null_mean"])
         null += "" if math.isnan(row["null_std"]) else f" ± {number(row['null_std'])}"
