@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from metaint.models.open import open_model
     from metaint.probes.heads import HeadProbe
     from metaint.probes.probe import Probe
-    from metaint.scan import attach, read_cache, scan
+    from metaint.scanning import attach, read_cache, scan
     from metaint.store import load, save
 
 _HOMES = {
@@ -46,7 +46,7 @@ _HOMES = {
     "metaint.models.open": ("open_model",),
     "metaint.probes.heads": ("HeadProbe",),
     "metaint.probes.probe": ("Probe",),
-    "metaint.scan": ("attach", "read_cache", "scan"),
+    "metaint.scanning": ("attach", "read_cache", "scan"),
     "metaint.store": ("load", "save"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -66,12 +66,13 @@ def scan(
     _check(repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated.")
     _check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     from metaint.tasks import read_text
+    from metaint.views.tables import SCORES, print_scan, to_csv, to_json
 
+    _check(sort is None or sort in SCORES, f"--sort is {sort!r}: choose one of {', '.join(SCORES)}.")
     prose = read_text(text) if text is not None else None
     opened = _open(model, revision, checkpoint, device, dtype)
     from metaint import save, scan
-    from metaint.scan import default_tokens, text_tokens
-    from metaint.views.tables import print_scan, to_csv, to_json
+    from metaint.scanning import default_tokens, text_tokens
 
     if prose is not None:
         source = {"task": "text", "source": str(text)}

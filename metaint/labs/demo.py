@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from metaint.labels import label_heads
 from metaint.labs.birth import Training, restore, train
 from metaint.models.toy import save_toy
-from metaint.scan import default_tokens, scan
+from metaint.scanning import default_tokens, scan
 from metaint.store import save
 from metaint.tasks import bigram
 from metaint.tasks.text import fold_prose

@@ -1,4 +1,4 @@
-"""The scores of `transformer_lens.head_detector.detect_head`, for those who come from it and want to find their feet."""
+"""The scores of `transformer_lens.head_detector.detect_head`, for those who come from it."""
 
 from typing import Literal
 

@@ -26,9 +26,7 @@ def open_model(
     that make no sense together.
     """
     kind = as_dtype(dtype)
-    place = torch.device(device).type if device is not None else None
-    if place == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {device!r}, and this machine has no CUDA: use device='cpu'.")
+    _check_device(device)
     if revision is not None and checkpoint is not None:
         raise InputError("revision and checkpoint were both given: each names a state of training, choose one.")
     if name == "toy":
@@ -44,11 +42,22 @@ def open_model(
             raise ModelError(f"{name!r} is not a folder: give one in Hugging Face's format, or a hub name.")
         if local and not (folder / "config.json").is_file():
             raise ModelError(f"{name!r} is a folder without config.json: give one in Hugging Face's format.")
+        if local and revision is not None:
+            raise InputError(f"revision is {revision!r}, and {name!r} is a folder, which has none: leave it out.")
         options = {"revision": revision, "checkpoint_value": checkpoint, "device": device, "dtype": kind}
         model = _boot(str(folder) if local else name, local, {k: v for k, v in options.items() if v is not None})
     if revision is not None or checkpoint is not None:
         model.metaint_revision = revision if revision is not None else f"checkpoint {checkpoint}"
     return model.eval()
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        place = torch.device(device or "cpu").type
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}: choose cpu, cuda or mps.") from error
+    if place == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {device!r}, and this machine has no CUDA: choose cpu.")
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

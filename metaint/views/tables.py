@@ -17,6 +17,7 @@ from metaint.measures.attention import HEAD_MEASURES
 
 KINDS = [m.name for m in HEAD_MEASURES if m.form == "kind"]
 TAU_SHOWN = 0.5
+SCORES = [f"{m.name}_tau_{TAU_SHOWN:g}" if m.per_tau else m.name for m in HEAD_MEASURES]
 
 
 def head_frame(scan: xr.DataTree) -> pd.DataFrame:

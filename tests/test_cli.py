@@ -1,0 +1,129 @@
+"""The shell: tables, JSON and CSV, and one sentence with exit status 2 for bad input."""
+
+import csv
+import io
+import json
+import sys
+
+import pytest
+
+import metaint
+from metaint import cli
+from tests.builders import available_kinds
+
+pytestmark = pytest.mark.skipif("gpt2" not in available_kinds(), reason="folders open with TransformerBridge")
+
+
+@pytest.fixture(scope="module")
+def folder():
+    from tests.builders import hf_directory
+
+    return str(hf_directory("gpt2"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["metaint", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_scan_prints_labels_and_every_score(run, folder):
+    code, out, _ = run("scan", folder, "--tokens", 400)
+    assert code == 0
+    assert "2 layers x 4 heads, raw weights, float32" in out
+    for head in ("0.0", "1.3"):
+        assert f" {head} " in out
+    for name in ("previous", "induction", "averaging", "sink", "tied"):
+        assert name in out
+
+
+def test_scan_for_machines(run, folder, tmp_path):
+    code, out, _ = run("scan", folder, "--tokens", 400, "--json", "--out", tmp_path / "scan.zarr")
+    found = json.loads(out)
+    assert code == 0
+    assert [h["head"] for h in found["heads"]] == [f"{layer}.{head}" for layer in range(2) for head in range(4)]
+    saved = metaint.load(tmp_path / "scan.zarr")["heads"]
+    assert found["heads"][5]["entropy"] == pytest.approx(float(saved["entropy"][1, 1]))
+    assert found["attributes"]["task"] == "repeated_tokens"
+    _, out, _ = run("scan", folder, "--tokens", 400, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 8
+    assert float(rows[5]["entropy"]) == pytest.approx(found["heads"][5]["entropy"])
+    assert {"labels", "previous_token_null_mean", "tied_keys_tau_0.5"} <= set(rows[0])
+
+
+def test_scan_reads_a_text(run, folder, tmp_path):
+    (tmp_path / "words.txt").write_text("the cat sat on the dog " * 60)
+    code, out, _ = run(
+        "scan", folder, "--text", tmp_path / "words.txt", "--length", 32, "--sort", "entropy", "--top", 2
+    )
+    assert code == 0
+    assert "(text" in out
+    assert "of 32 tokens" in out
+
+
+def test_audit_prints_a_table(run, folder):
+    code, out, _ = run("audit", folder)
+    assert code == 0
+    assert "pattern_rows" in out
+    assert "holds" in out
+
+
+BAD = [
+    (["scan", "nowhere-to-be-found"], "model 'nowhere-to-be-found' could not be opened"),
+    (["scan", "./nowhere"], "'./nowhere' is not a folder"),
+    (["scan", "FOLDER", "--repeat", "500"], "repeat is 500, and this model can repeat a block of at most"),
+    (["scan", "FOLDER", "--repeat", "1"], "--repeat is 1: a block of at least 2 tokens"),
+    (["scan", "FOLDER", "--text", "none.txt"], "none.txt"),
+    (["scan", "FOLDER", "--text", "BINARY"], "binary.txt"),
+    (["scan", "FOLDER", "--text", "EMPTY"], "empty.txt"),
+    (["scan", "FOLDER", "--text", "WORDS", "--repeat", "5"], "--text and --repeat were both given: choose one input"),
+    (["scan", "FOLDER", "--json", "--csv"], "--json and --csv were both given: choose one format"),
+    (["scan", "FOLDER", "--text", "WORDS", "--length", "999"], "length is 999: this model reads windows of 2 to 128"),
+    (["scan", "FOLDER", "--tokens", "0"], "--tokens is 0: it must be at least 1"),
+    (["scan", "FOLDER", "--batch-size", "0"], "batch_size is 0: it must be at least 1"),
+    (["scan", "FOLDER", "--dtype", "int8"], "dtype is 'int8': choose one of float32"),
+    (["scan", "FOLDER", "--device", "abacus"], "device is 'abacus'"),
+    (["scan", "FOLDER", "--out", "scan.txt"], "--out is scan.txt: give it a name that ends in .zarr"),
+    (["scan", "FOLDER", "--sort", "induktion"], "--sort is 'induktion': choose one of previous_token"),
+    (["scan", "FOLDER", "--revision", "a", "--checkpoint", "3"], "revision and checkpoint were both given"),
+    (["scan", "toy"], "metaint demo"),
+    (["demo", "--text", "EMPTY"], "empty.txt"),
+    (["demo", "--out", "demo"], "--out is demo: give it a name that ends in .zarr"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD)
+def test_bad_input_is_one_sentence_and_status_2(run, folder, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("METAINT_CACHE", str(tmp_path / "cache"))
+    files = {"BINARY": b"\x00\x01\xff", "EMPTY": b"", "WORDS": b"the cat sat on the dog " * 60}
+    for name, content in files.items():
+        (tmp_path / f"{name.lower()}.txt").write_bytes(content)
+    given = [folder if a == "FOLDER" else f"{a.lower()}.txt" if a in files else a for a in arguments]
+    code, out, err = run(*given)
+    assert code == 2
+    assert sentence in err
+    assert err.startswith("metaint: ")
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in out + err
+
+
+def test_a_failed_scan_keeps_the_earlier_result(run, folder, tmp_path):
+    out = tmp_path / "scan.zarr"
+    assert run("scan", folder, "--tokens", 200, "--json", "--out", out)[0] == 0
+    before = metaint.load(out)["heads"]["entropy"].values
+    assert run("scan", folder, "--repeat", 500, "--out", out)[0] == 2
+    assert (metaint.load(out)["heads"]["entropy"].values == before).all()
+
+
+def test_unknown_options_exit_with_2(run):
+    assert run("scan", "toy", "--nonsense")[0] == 2
