@@ -11,7 +11,8 @@ from metaint.tasks import repeated_tokens
 from tests.builders import available_kinds, build
 from tests.planted import LENGTH, PLANTED, VOCAB, planted_model
 
-ARCHITECTURES = [k for k in ("native-mlp-ln", "gpt2", "neox", "llama", "bert", "gemma2") if k in available_kinds()]
+BRIDGES = ("native-mlp-ln", "gpt2", "neox", "llama", "bert", "gemma2")
+ARCHITECTURES = [kind for kind in BRIDGES if kind in available_kinds()] or available_kinds()
 needs_bridge = pytest.mark.skipif(
     "native-attn-only" not in available_kinds(), reason="needs TransformerBridge.boot_native"
 )

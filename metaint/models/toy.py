@@ -41,7 +41,7 @@ def boot_toy(
     """
     try:
         from transformer_lens.config import TransformerBridgeConfig
-        from transformer_lens.model_bridge.sources.native import boot
+        from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
         raise ModelError(
             "the toy model needs TransformerBridge.boot_native, which this transformer_lens lacks; "
@@ -50,7 +50,8 @@ def boot_toy(
     # With a seed, TransformerLens forks the random state; the weights it draws are overwritten by the callers.
     config = TransformerBridgeConfig(**shape, attn_only=True, normalization_type=None, seed=0)
     config.default_prepend_bos = False
-    return boot(config, tokenizer=tokenizer, device=device, dtype=dtype, model_name="toy")
+    bridge: Any = TransformerBridge  # boot_native is attached to the class when TransformerLens is imported
+    return bridge.boot_native(config, tokenizer=tokenizer, device=device, dtype=dtype, model_name="toy")
 
 
 def save_toy(model: Any, vocabulary: list[str], info: dict[str, Any], folder: str | Path | None = None) -> Path:

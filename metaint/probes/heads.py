@@ -116,7 +116,8 @@ class HeadProbe(Probe):
             sums[:, n_kinds:, layer] += values.sum(-1, dtype=full).transpose(0, 1)
             counts[:, n_kinds:, layer] += defined.sum(-1).mT
             uniform[:, n_kinds:, layer] += plan.uniform_statistics(self, full)
-        if not bool(tile.sum_squares.isfinite().mT[plan.context.counted].all()):
+        # Not above 0 is NaN, or what HookedTransformer makes of a row of NaN: zeros.
+        if not bool((tile.sum_squares > 0).mT[plan.context.counted].all()):
             raise ActivationError(
                 f"blocks.{layer}.attn.hook_pattern holds NaN or infinity: the weights or the activations before it "
                 "overflow (try a wider dtype), or a sequence has no visible key."

@@ -8,8 +8,11 @@ import torch
 from metaint.errors import InputError
 from metaint.labs.birth import TRAINED, build, head_loss, restore, train, trained_matrices
 from metaint.tasks import bigram
+from tests.builders import available_kinds
 
 TEXT = "".join(random.Random(0).choices("abcdefghijkl ", k=3000))
+
+pytestmark = pytest.mark.skipif("native-attn-only" not in available_kinds(), reason="the toy needs boot_native")
 
 
 def test_architecture():

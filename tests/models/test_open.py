@@ -43,7 +43,7 @@ def test_a_damaged_folder_is_one_sentence(tmp_path):
     with pytest.raises(ModelError, match=r"is a folder without config\.json: give one in Hugging Face's format"):
         metaint.open_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(ModelError, match="could not be opened .*: check that the folder holds config.json") as caught:
+    with pytest.raises(ModelError, match=r"could not be opened .*: check that the folder holds config\.json") as caught:
         metaint.open_model(str(tmp_path))
     assert "\n" not in str(caught.value)
 

@@ -5,9 +5,12 @@ import torch
 
 from metaint.errors import ModelError
 from metaint.models.toy import FILE, boot_toy, character_tokenizer, load_toy, save_toy, toy_folder
+from tests.builders import available_kinds
 
 VOCABULARY = sorted(string.ascii_lowercase + " \n.,")
 SHAPE = {"n_layers": 2, "n_heads": 1, "d_model": 8, "d_head": 8, "n_ctx": 16, "d_vocab": len(VOCABULARY)}
+
+pytestmark = pytest.mark.skipif("native-attn-only" not in available_kinds(), reason="the toy needs boot_native")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 import metaint
 from metaint.errors import ActivationError, HookAuditError, InputError
 from metaint.measures import attention
+from metaint.models.describe import shape_of
 from tests.builders import available_kinds, build
 from tests.measures import plain
 
@@ -30,7 +31,7 @@ def random_tokens(model, batch=4, length=24, seed=0):
 def test_every_architecture_equals_plain_python(any_model):
     tokens = random_tokens(any_model, 2, 20)
     tokens[1, 10:] = tokens[1, :10]
-    causal = getattr(any_model.cfg, "attention_dir", "causal") != "bidirectional"
+    causal = shape_of(any_model).causal
     patterns = {}
 
     def keep(pattern, hook):
