@@ -144,7 +144,8 @@ def _open(name: str, revision: str | None, checkpoint: int | None, device: str |
 
 def _console() -> Console:
     """The terminal; where there is none, wide enough that no table is cut."""
-    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=200)
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+    return Console(width=wide, highlight=False)
 
 
 def _check(holds: bool, sentence: str) -> None:

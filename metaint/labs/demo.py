@@ -54,7 +54,6 @@ def run(console: Console, text: str, seed: int = 0, out: Path = Path("demo.zarr"
         f"  the scans    {path.resolve()}  (metaint.load('{path}'))\n"
         "Next: [bold]metaint scan toy --sort previous_token[/]",
         soft_wrap=True,
-        highlight=False,
     )
     return births
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from metaint.errors import InputError
-from metaint.labels import heads_of, label_heads
+from metaint.labels import THRESHOLDS, heads_of, label_heads
 from metaint.measures.attention import HEAD_MEASURES
 
 KINDS = [m.name for m in HEAD_MEASURES if m.form == "kind"]
@@ -51,9 +51,11 @@ def print_scan(console: Console, scan: xr.DataTree, sort: str | None = None, top
     """Labels with their evidence, then every score of every head, sorted by `sort` (largest first)."""
     heads = heads_of(scan)
     frame = head_frame(scan)
-    names = [m for m in heads if f"{m}_count" in heads and "tau" not in heads[m].dims]
-    tied = [f"{m}_tau_{TAU_SHOWN:g}" for m in heads if f"{m}_count" in heads and "tau" in heads[m].dims]
-    scores = [str(name) for name in names]
+    known = [m.name for m in HEAD_MEASURES]
+    own = [str(name)[: -len("_count")] for name in heads if str(name).endswith("_count")]
+    measured = [name for name in known if name in own] + [name for name in own if name not in known]
+    tied = [f"{name}_tau_{TAU_SHOWN:g}" for name in measured if "tau" in heads[name].dims]
+    scores = [name for name in measured if "tau" not in heads[name].dims]
     order = sort or next((n for n in ("induction", "prefix_match", *scores) if _known(frame, n)), None)
     if order is None or order not in frame or order in ("head", "labels"):
         raise InputError(f"sort is {sort!r}: choose one of {', '.join([*scores, *tied])}.")
@@ -71,7 +73,10 @@ def print_scan(console: Console, scan: xr.DataTree, sort: str | None = None, top
 def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled heads") -> None:
     """The labelled heads with score, baseline, null and interval."""
     found = label_heads(scan)
-    named = found.query("label != 'none'").sort_values(by=["label", "margin"], ascending=[True, False])
+    named = found.query("label != 'none'")
+    order = list(THRESHOLDS)
+    named = named.assign(order=[order.index(label) for label in named["label"]])
+    named = named.sort_values(by=["order", "margin"], ascending=[True, False])
     total = len(set(found["head"]))
     if named.empty:
         console.print(f"None of the {total} heads earns a label.")
