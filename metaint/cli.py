@@ -55,7 +55,7 @@ def scan(
     seed: Annotated[int, typer.Option(help="Seed of the random tokens or of the choice of windows.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Save the scan as a Zarr folder.")] = None,
     sort: Annotated[str | None, typer.Option(help="Score to sort the table by.")] = None,
-    top: Annotated[int | None, typer.Option(help="Print only this many heads.")] = None,
+    top: Annotated[int | None, typer.Option(help="Print only this many heads; 0 for all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:

@@ -127,8 +127,9 @@ def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
         found["local"] = _evidence(heads, "local_mass", one <= _values(heads, "local_mass") / 2)
     if "averaging" in heads:
         score = _values(heads, "averaging")
-        null = typical, _ = _typical(score, heads)
-        found["averaging"] = _evidence(heads, "averaging", 1 - score <= TYPICAL_DEPARTURE * (1 - typical), null)
+        typical = _typical(score, heads)
+        near = 1 - score <= TYPICAL_DEPARTURE * (1 - typical)
+        found["averaging"] = _evidence(heads, "averaging", near, typical)
     if {"max_weight", "tied_keys"} <= set(heads):
         few = heads["tied_keys"].sel(tau=0.1, method="nearest").transpose("layer", "head").values <= 2
         found["argmax"] = _evidence(heads, "max_weight", few)

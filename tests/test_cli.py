@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import xarray as xr
 
 import metaint
 from metaint import cli
@@ -43,6 +44,27 @@ def test_scan_prints_labels_and_every_score(run, folder):
         assert f" {head} " in out
     for name in ("previous", "induction", "averaging", "sink", "tied"):
         assert name in out
+
+
+@pytest.mark.parametrize("width", [80, 132, 200])
+def test_no_cell_is_cut(run, folder, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, out, _ = run("scan", folder, "--tokens", 200)
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= width
+
+
+def test_a_large_model_prints_its_first_heads(repeated_scan, capsys):
+    from rich.console import Console
+
+    from metaint.views.tables import FEW_ROWS, print_scan
+
+    heads = repeated_scan["heads"].to_dataset().isel(head=[0] * 64, layer=[0] * 80)
+    big = heads.assign_coords(head=range(64), layer=range(80))
+    print_scan(Console(width=200), xr.DataTree.from_dict({"/heads": big}), "entropy")
+    out = capsys.readouterr().out
+    assert f"{FEW_ROWS} of 5120 heads shown" in out
+    assert len(out.splitlines()) < 3 * FEW_ROWS
 
 
 def test_scan_for_machines(run, folder, tmp_path):

@@ -63,6 +63,15 @@ def test_every_head_has_a_row_with_its_evidence(repeated_scan):
     assert list(table.columns)[:8] == ["head", "label", "score", "uniform", "null_mean", "null_std", "margin", "low"]
 
 
+def test_the_typical_head_is_the_median_of_layers_with_the_same_window(repeated_scan):
+    heads = repeated_scan["heads"].to_dataset().isel(layer=[0, 1, 0]).assign_coords(layer=range(3))
+    heads["averaging"].values[:] = [[0.1, 0.2, 0.3, 0.95], [0.8, 0.8, 0.82, 0.99], [0.1, 0.2, 0.3, 0.4]]
+    heads = heads.assign_coords(window=("layer", [0, 16, 0])).drop_vars(["averaging_low", "averaging_high"])
+    table = metaint.label_heads(heads)
+    assert {row.head for row in table.itertuples() if row.label == "averaging"} == {"0.3", "1.3"}
+    assert table.set_index(["head", "label"]).loc[("0.3", "averaging"), "null_mean"] == pytest.approx(0.25)
+
+
 def test_thresholds_are_arguments(repeated_scan):
     eager = metaint.label_heads(repeated_scan, {"local": 0.0}, margin=-1, deviations=-100)
     assert len(pairs(eager)) > len(pairs(metaint.label_heads(repeated_scan)))

@@ -34,9 +34,9 @@ def run(console: Console, text: str, seed: int = 0, out: Path = Path("demo.zarr"
     task = bigram(fold_prose(text), trigger_count=TRIGGERS, no_repeat=True)
     console.print(
         f"Task: sequences over {task.vocab} characters with the text's own bigrams, in which {TRIGGERS} random trigger "
-        "characters are\neach followed by an output drawn anew for every sequence: to predict it, a model must look "
-        "it up in the context.\nModel: two attention layers of one head each, no MLP, no normalisation "
-        "(Bietti et al. 2023, simplified).\n"
+        "characters are each followed by an output drawn anew for every sequence: to predict it, a model must look it "
+        "up in the context.\nModel: two attention layers of one head each, no MLP, no normalisation (the simplified "
+        "model of Bietti et al. 2023).\n"
     )
     training = train(task, target=TARGET, seed=seed, progress=True)
     report_training(console, training)
@@ -64,8 +64,8 @@ def report_training(console: Console, training: Training) -> None:
     when = f"passed {TARGET:g} at step {passed}" if passed >= 0 else f"has not passed {TARGET:g}"
     console.print(
         f"In-context accuracy on held-out sequences: {float(last['accuracy']):.3f} after {int(last['step'])} steps "
-        f"({float(last['accuracy_without_copies']):.3f} without\npositions whose target equals the current token); "
-        f"it {when}."
+        f"({float(last['accuracy_without_copies']):.3f} without positions whose target equals the current token: here "
+        f"there are none, since no trigger is its own output); it {when}."
     )
 
 

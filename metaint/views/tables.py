@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 from rich import box
@@ -17,6 +18,8 @@ from metaint.measures.attention import HEAD_MEASURES
 
 KINDS = [m.name for m in HEAD_MEASURES if m.form == "kind"]
 TAU_SHOWN = 0.5
+# A table of more heads than this is cut short, unless asked for.
+MOST_ROWS, FEW_ROWS = 400, 50
 SCORES = [f"{m.name}_tau_{TAU_SHOWN:g}" if m.per_tau else m.name for m in HEAD_MEASURES]
 
 
@@ -59,15 +62,18 @@ def print_scan(console: Console, scan: xr.DataTree, sort: str | None = None, top
     order = sort or next((n for n in ("induction", "prefix_match", *scores) if _known(frame, n)), None)
     if order is None or order not in frame or order in ("head", "labels"):
         raise InputError(f"sort is {sort!r}: choose one of {', '.join([*scores, *tied])}.")
-    frame = frame.sort_values(order, ascending=False, kind="stable").head(top or len(frame))
+    total, shown = len(frame), top if top is not None else (len(frame) if len(frame) <= MOST_ROWS else FEW_ROWS)
+    frame = frame.sort_values(order, ascending=False, kind="stable").head(shown or total)
     print_labels(console, scan)
     groups = {
         "Where heads look (weight on the keys of each kind)": [n for n in scores if n in KINDS],
         "How heads look (the shape of their rows)": [n for n in scores if n not in KINDS] + tied,
     }
     for title, columns in groups.items():
-        if columns:
-            console.print(_scores(title, frame, columns, order))
+        for table in _scores(title, frame, columns, order, console.width):
+            console.print(table)
+    if len(frame) < total:
+        console.print(f"{len(frame)} of {total} heads shown: --top 0 prints all, --json and --csv give all.")
 
 
 def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled heads") -> None:
@@ -82,21 +88,22 @@ def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled hea
         console.print(f"None of the {total} heads earns a label.")
         return
     count = len(set(named["head"]))
-    table = Table(title=f"{title}: {count} of {total}", box=box.SIMPLE_HEAD, title_justify="left")
+    table = _table(f"{title}: {count} of {total}", tight=console.width < 90)
     for name in ("head", "label"):
         table.add_column(name, no_wrap=True)
-    for name in ("score", "95 % interval", "uniform", "null", "margin", "on first"):
+    for name in ("score", "interval", "uniform", "null", "margin", "on first"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in named.to_dict("records"):
-        interval = "" if math.isnan(row["low"]) else f"{number(row['low'])} to {number(row['high'])}"
+        interval = "" if math.isnan(row["low"]) else f"{number(row['low'])}–{number(row['high'])}"
         null = "" if math.isnan(row["null_mean"]) else number(row["null_mean"])
         null += "" if math.isnan(row["null_std"]) else f" ± {number(row['null_std'])}"
         numbers = (interval, number(row["uniform"]), null, number(row["margin"]), number(row["on_first"]))
         table.add_row(row["head"], row["label"], f"[bold]{number(row['score'])}[/]", *numbers)
     console.print(table)
     console.print(
-        "[dim]uniform: what even attention scores on these tokens; null: the same rows read at random other keys "
-        "(for averaging: the model's typical head); on first: weight on position 0, the attention sink.[/]\n"
+        "[dim]interval: 95 %, by resampling sequences; uniform: what even attention scores on these tokens; "
+        "null: the same rows read at random other keys (for averaging: the model's typical head); "
+        "on first: weight on position 0, the attention sink.[/]\n"
     )
 
 
@@ -108,7 +115,7 @@ def print_births(console: Console, births: xr.DataTree, since: Mapping[tuple[str
     if not followed:
         console.print("No head holds the previous-token or the induction label at the end.\n")
         return
-    table = Table(title="Over training", box=box.SIMPLE_HEAD, title_justify="left")
+    table = _table("Over training")
     for name in ("step", "in-context accuracy", *(f"{head} {label}" for head, label in followed)):
         table.add_column(name, justify="right", no_wrap=True)
     for step in heads["step"].values:
@@ -127,7 +134,7 @@ def print_births(console: Console, births: xr.DataTree, since: Mapping[tuple[str
 def print_audit(console: Console, checks: pd.DataFrame, name: str) -> None:
     """The hook audit of a model, one line a check."""
     colours = {"holds": "green", "fails": "red", "unavailable": "yellow"}
-    table = Table(title=f"Hook audit of {name}", box=box.SIMPLE_HEAD, title_justify="left")
+    table = _table(f"Hook audit of {name}")
     for column in ("check", "status", "difference", "where", "note"):
         table.add_column(column, justify="right" if column == "difference" else "left", overflow="fold")
     for row in checks.to_dict("records"):
@@ -148,19 +155,45 @@ def _known(frame: pd.DataFrame, name: str) -> bool:
     return name in frame and bool(frame[name].notna().any())
 
 
-def _scores(title: str, frame: pd.DataFrame, columns: list[str], order: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-    table.add_column("head", no_wrap=True)
-    table.add_column("label")
-    for name in columns:
-        head = name.replace(f"_tau_{TAU_SHOWN:g}", f" τ={TAU_SHOWN:g}").replace("_", "\n")
-        table.add_column(f"[bold]{head} ↓[/]" if name == order else head, justify="right", no_wrap=True)
-    for row in frame.to_dict("records"):
-        labels = row["labels"].replace(",", ", ")
-        table.add_row(row["head"], labels, *(number(row[name]) for name in columns))
-    baselines = [
-        frame.get(name.replace("_tau_", "_uniform_tau_") if "_tau_" in name else f"{name}_uniform") for name in columns
-    ]
-    table.add_section()
-    table.add_row("", "uniform", *(number(math.nan if b is None else b.mean()) for b in baselines), style="dim")
-    return table
+def _table(title: str, tight: bool = False) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 0 if tight else 1, 0, 0))
+
+
+def _scores(title: str, frame: pd.DataFrame, columns: list[str], order: str, width: int) -> Iterator[Table]:
+    """The columns in as many tables as the width needs; the labels stand in the first."""
+    labels = [label.replace(",", ", ") for label in frame["labels"]]
+    cells = {name: [number(value) for value in frame[name]] for name in columns}
+    heads = {name: _heading(name, name == order) for name in columns}
+    wide = {name: max(len(part) for part in [*heads[name].split("\n"), *cells[name]]) + 2 for name in columns}
+    left, first = list(columns), True
+    while left:
+        table = _table(title if first else "(continued)")
+        table.add_column("head", no_wrap=True)
+        room = width - 4 - max(len(head) for head in ["head", *frame["head"].tolist()])
+        if first:
+            table.add_column("label", no_wrap=True)
+            room -= max(len(label) for label in [*labels, "uniform"]) + 2
+        shown = []
+        while left and (not shown or room >= wide[left[0]]):
+            room -= wide[left[0]]
+            shown.append(left.pop(0))
+        for name in shown:
+            table.add_column(f"[bold]{heads[name]}[/]" if name == order else heads[name], justify="right", no_wrap=True)
+        for i, head in enumerate(frame["head"]):
+            table.add_row(head, *([labels[i]] if first else []), *(cells[name][i] for name in shown))
+        table.add_section()
+        even = (number(_uniform(frame, name)) for name in shown)
+        table.add_row(*(["", "uniform"] if first else ["even"]), *even, style="dim")
+        yield table
+        first = False
+
+
+def _heading(name: str, chosen: bool) -> str:
+    words = name.replace(f"_tau_{TAU_SHOWN:g}", f"_τ={TAU_SHOWN:g}").replace("_", "\n")
+    return f"{words} ↓" if chosen else words
+
+
+def _uniform(frame: pd.DataFrame, name: str) -> float:
+    """What uniform attention scores, over the heads of the table."""
+    even = name.replace("_tau_", "_uniform_tau_") if "_tau_" in name else f"{name}_uniform"
+    return float(np.mean(frame[even].to_numpy())) if even in frame else math.nan
