@@ -10,6 +10,7 @@ pass. Peak memory is measured in a process for each, above the peak of a process
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -70,9 +71,10 @@ def repeated(length: int) -> torch.Tensor:
 
 
 def peak(name: str, length: int) -> float:
-    """Peak memory of this process in MiB while one variant runs, after the model was built and has run once."""
+    """Peak memory of this process in MiB while one variant runs, once the model is built and all the code of all is loaded."""
     run = variants(build(), repeated(length))
-    run["forward"]()
+    for warm in ("HeadProbe", name):
+        run[warm]()
     CLEAR.write_text("5")  # Linux: forget the peak so far, which is that of building the model
     for _ in range(2):
         run[name]()
@@ -97,7 +99,9 @@ def compare(lengths: list[int], rounds: int) -> None:
 
 def in_own_process(name: str, length: int) -> float:
     command = [sys.executable, __file__, "--peak", name, "--lengths", str(length)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    # glibc gives freed tensors back at once; else what it keeps for later is tens of MiB of noise.
+    prompt = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=prompt)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -18,7 +18,7 @@ TAUS = (0.0, 0.1, 0.5, 1.0, 2.0)
 # Smallest normal float32: keeps log finite on masked keys, and weighs nothing.
 TINY = torch.finfo(torch.float32).tiny
 # Rows are walked in blocks this large (elements), so that on a CPU a block stays in the cache for every statistic.
-BLOCK_CPU, BLOCK_DEVICE = 1 << 20, 1 << 25
+BLOCK_CPU, BLOCK_DEVICE = 1 << 19, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def walk(
     out = {name: torch.empty(batch, heads, queries, device=device) for name in names}
     out["ties"] = torch.empty(len(TAUS), batch, heads, queries, device=device)
     budget = BLOCK_CPU if device.type == "cpu" else BLOCK_DEVICE
-    step = min(queries, max(16, budget // max(1, heads * keys)))
+    step = min(queries, max(64, budget // max(1, heads * keys)))
     space = torch.empty(2, heads * step * keys, device=device)
     ends = context.queries.tolist()
     positions = torch.arange(keys, device=device, dtype=torch.float32)
