@@ -71,7 +71,7 @@ def repeated(length: int) -> torch.Tensor:
 
 
 def peak(name: str, length: int) -> float:
-    """Peak memory of this process in MiB while one variant runs, once the model is built and all the code of all is loaded."""
+    """Peak memory of this process in MiB while one variant runs, once the model is built and all code is loaded."""
     run = variants(build(), repeated(length))
     for warm in ("HeadProbe", name):
         run[warm]()
