@@ -82,6 +82,7 @@ def test_a_scan_records_where_it_comes_from(gpt2):
     assert attrs["task"] == "mine"
     assert attrs["weights"] == "raw"
     assert attrs["dtype"] == "float32"
+    assert all(attrs[f"{name}_version"][0].isdigit() for name in ("metaint", "transformer_lens", "torch"))
     assert attrs["bos"] == int(gpt2.cfg.default_prepend_bos)
     if hasattr(gpt2, "enable_compatibility_mode"):
         from tests.builders import build

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -121,18 +122,10 @@ def quietly(device: str) -> Any:
 
 def assemble(probes: Sequence[Probe], attributes: Mapping[str, Any] | None = None) -> xr.DataTree:
     """A scan from probes: one group each, with the model's facts and further attributes at the root."""
-    import transformer_lens
-
-    from metaint import __version__
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns of a probe that has read nothing yet
         groups = {f"/{probe.group}": probe.to_dataset() for probe in probes}
-    versions = {
-        "metaint_version": __version__,
-        "transformer_lens_version": str(getattr(transformer_lens, "__version__", "")),
-        "torch_version": torch.__version__,
-    }
+    versions = {f"{name.replace('-', '_')}_version": version(name) for name in ("metaint", "transformer-lens", "torch")}
     facts = probes[0].facts if probes else {}
     root = xr.Dataset(attrs={**facts, **versions, **(attributes or {})})
     return xr.DataTree.from_dict({"/": root, **groups})
