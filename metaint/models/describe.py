@@ -37,7 +37,7 @@ def windows_of(model: Any) -> tuple[int, ...]:
 
 
 def weight_processing(model: Any) -> str:
-    """ "folded" where layer norms were folded into the weights, else "raw"."""
+    """Whether layer norms were folded into the weights: "folded" or "raw"."""
     norm = str(getattr(model.cfg, "normalization_type", None) or "")
     return "folded" if getattr(model, "compatibility_mode", False) or norm.endswith("Pre") else "raw"
 

@@ -111,17 +111,17 @@ class HeadProbe(Probe):
         tile = Tile(pattern, plan.context)
         sums, counts, uniform = self.sums[-1], self.counts[-1], self.uniform[-1]
         n_kinds, full = len(self.kinds), sums.dtype
-        if self.statistics:
-            values, defined = self._statistics(tile)
-            sums[:, n_kinds:, layer] += values.sum(-1, dtype=full).transpose(0, 1)
-            counts[:, n_kinds:, layer] += defined.sum(-1).mT
-            uniform[:, n_kinds:, layer] += plan.uniform_statistics(self, full)
-        # Not above 0 is NaN, or what HookedTransformer makes of a row of NaN: zeros.
+        values, defined = self._statistics(tile)
+        # Before anything is added. Not above 0 is NaN, or what HookedTransformer makes of a row of NaN: zeros.
         if not bool((tile.sum_squares > 0).mT[plan.context.counted].all()):
             raise ActivationError(
                 f"blocks.{layer}.attn.hook_pattern holds NaN or infinity: the weights or the activations before it "
                 "overflow (try a wider dtype), or a sequence has no visible key."
             )
+        if self.statistics:
+            sums[:, n_kinds:, layer] += values.sum(-1, dtype=full).transpose(0, 1)
+            counts[:, n_kinds:, layer] += defined.sum(-1).mT
+            uniform[:, n_kinds:, layer] += plan.uniform_statistics(self, full)
         if self.kinds:
             sums[:, :n_kinds, layer] += plan.weight_on_targets(pattern, full)
             counts[:, :n_kinds, layer] += plan.defined.to(full)
@@ -132,8 +132,10 @@ class HeadProbe(Probe):
 
     def _statistics(self, tile: Tile) -> tuple[Float[Tensor, "slot b head q"], Bool[Tensor, "slot b q"]]:
         """Every statistic of every row, 0 where it is not defined, and where it is."""
-        rows = [measure(tile) for measure in self.statistics]
-        values = torch.cat([r if m.per_tau else r[None] for m, r in zip(self.statistics, rows, strict=True)])
+        batch, heads, queries, _ = tile.pattern.shape
+        rows = [torch.empty(0, batch, heads, queries, device=tile.pattern.device)]
+        rows += [measure(tile) if measure.per_tau else measure(tile)[None] for measure in self.statistics]
+        values = torch.cat(rows)
         defined = ~values.isnan().any(2) & tile.context.counted
         return values.masked_fill_(~defined[:, :, None], 0), defined
 

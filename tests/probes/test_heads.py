@@ -306,7 +306,8 @@ def test_nan_is_named_with_its_layer():
             if name in names:
                 parameter.fill_(float("nan"))
     with pytest.raises(ActivationError, match=r"blocks\.1\.attn\.hook_pattern holds NaN or infinity"):
-        metaint.scan(model, random_tokens(model))
+        metaint.scan(model, random_tokens(model), [probe := metaint.HeadProbe()])
+    assert probe.counts[0][:, :, 1].sum() == 0  # nothing of the broken layer was added
 
 
 def test_a_probe_stays_with_its_model(gpt2):
