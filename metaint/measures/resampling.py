@@ -19,12 +19,12 @@ def bootstrap_interval(
 
     Not a number with fewer than two sequences, and where no resample has a count.
     """
-    n, rest = sums.shape[0], sums.shape[1:]
-    if n < 2:
+    rest = sums.shape[1:]
+    weights = resampled_weights(len(sums), resamples, seed)
+    if weights is None:
         nothing = torch.full(rest, math.nan, dtype=sums.dtype)
         return nothing, nothing.clone()
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    weights = torch.from_numpy(draws).to(sums.dtype)
+    weights = weights.to(sums.dtype)
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=sums.dtype)
     low, high = [], []
     # A few thousand columns at a time: 80 x 64 heads with every measure would not fit at once.
@@ -33,3 +33,11 @@ def bootstrap_interval(
         low.append(bounds[0])
         high.append(bounds[1])
     return torch.cat(low).view(rest), torch.cat(high).view(rest)
+
+
+def resampled_weights(n: int, resamples: int = 1000, seed: int = 0) -> Float[Tensor, "resample sequence"] | None:
+    """How often each of n sequences is drawn in each resample; None for fewer than two, which tell no interval."""
+    if n < 2:
+        return None
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    return torch.from_numpy(draws).double()

@@ -52,6 +52,9 @@ _WEIGHTS = {
     "weights_key": _Check("W_K and b_K give hook_k from the attention's input", invariants.weights_key),
     "weights_value": _Check("W_V and b_V give hook_v from the attention's input", invariants.weights_value),
     "residual": _Check("what a block writes adds up to its hook_resid_post", invariants.residual),
+    "stream": _Check("each hook_resid_pre is the hook_resid_post before it", invariants.stream, "fails"),
+    "final_norm": _Check("ln_final.hook_scale is the norm of the last hook_resid_post", invariants.final_norm),
+    "unembedding": _Check("ln_final and W_U make the logits of the last hook_resid_post", invariants.unembedding),
 }
 _EDITS = {"edit_pattern": "hook_pattern", "edit_z": "hook_z", "edit_value": "hook_v"}
 CHECKS = (*_ATTENTION, *_WEIGHTS, *_EDITS)
@@ -100,6 +103,15 @@ def require(model: Any, checks: Iterable[str]) -> None:
             raise HookAuditError(f"The hook audit's {check} {_verb(finding)}{measured}: {finding.note}")
 
 
+def holds(model: Any, check: str) -> bool:
+    """Whether a check of the audit holds, for readings that can do without."""
+    try:
+        require(model, [check])
+    except HookAuditError:
+        return False
+    return True
+
+
 def _verb(finding: Finding) -> str:
     place = f" at {finding.where}" if finding.where else ""
     return f"fails{place}" if finding.status == "fails" else f"can't be checked{place}"
@@ -121,7 +133,8 @@ def _findings(model: Any, part: str, refresh: bool = False) -> list[Finding]:
 
 def _run_checks(model: Any, checks: dict[str, _Check], hooks: Iterable[str]) -> list[Finding]:
     names = [f"blocks.{layer}.{hook}" for layer in range(int(model.cfg.n_layers)) for hook in hooks]
-    trial = Trial(model, read(model, random_tokens(model, 2, TOKENS), ["hook_pos_embed", *names]))
+    names += ["hook_pos_embed", "ln_final.hook_scale"]
+    trial = Trial(model, read(model, random_tokens(model, 2, TOKENS), names))
     return [_judge(name, check, trial) for name, check in checks.items()]
 
 

@@ -15,6 +15,10 @@ class Shape:
     causal: bool
     # How many keys back each layer's attention reaches at most; 0 is the whole context.
     windows: tuple[int, ...] = ()
+    d_model: int = 0
+    # What a block adds to the stream, and where: "sequential" (the MLP reads what attention wrote), "parallel" (both
+    # read the same stream) or "attention" (there is no MLP).
+    sublayers: str = "sequential"
 
 
 def shape_of(model: Any) -> Shape:
@@ -23,7 +27,7 @@ def shape_of(model: Any) -> Shape:
     causal = getattr(cfg, "attention_dir", "causal") != "bidirectional"
     if "Bert" in str(getattr(cfg, "architecture", "")):  # the bridge of TransformerLens 3.9 calls BERT causal
         causal = False
-    return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model))
+    return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model), int(cfg.d_model), sublayers_of(model))
 
 
 def windows_of(model: Any) -> tuple[int, ...]:
@@ -34,6 +38,14 @@ def windows_of(model: Any) -> tuple[int, ...]:
     size = getattr(config, "sliding_window", None) or getattr(cfg, "window_size", None) or 0
     local = [kind in ("sliding_attention", "local") for kind in kinds] or [False] * cfg.n_layers
     return tuple(int(size) if here else 0 for here in local[: cfg.n_layers])
+
+
+def sublayers_of(model: Any) -> str:
+    """How the blocks are built: "attention", "parallel" or "sequential"."""
+    if getattr(model.cfg, "attn_only", False):
+        return "attention"
+    parallel = getattr(model.cfg, "parallel_attn_mlp", False) or "blocks.0.hook_resid_mid" not in model.hook_dict
+    return "parallel" if parallel else "sequential"
 
 
 def weight_processing(model: Any) -> str:

@@ -45,10 +45,14 @@ class InputWatch:
         self._mask = mask if mask is not None else self._mask
         self._past = past if past is not None else self._past
 
-    def resolve(self, batch: int, queries: int, keys: int, device: torch.device) -> Inputs:
-        """The inputs of the current pass, as seen from a pattern of `queries` rows and `keys` columns."""
+    def resolve(self, batch: int, queries: int, keys: int | None, device: torch.device) -> Inputs:
+        """The inputs of the current pass, as seen from a pattern of `queries` rows and `keys` columns.
+
+        A residual stream tells no `keys`: without word of a cache it is taken to have none.
+        """
         if self._resolved is None:
-            past = self._past if self._past is not None else keys - queries
+            cached = 0 if keys is None else keys - queries
+            past = cached if self._past is None else self._past
             tokens = self._with_history(self._new, past, batch)
             self._resolved = Inputs(tokens, self._full_mask(batch, past, queries, device), past)
         return self._resolved
@@ -94,7 +98,7 @@ def watching(model: Any) -> Iterator[InputWatch]:
     """Watch a model's forward passes through pre-hooks on its modules, and take them off again.
 
     The token ids come from the embedding, padding and cache from the wrapped Hugging Face model or, where there is
-    none (`HookedTransformer`), from the first attention layer.
+    none (`HookedTransformer`), from the first block.
     """
     watch = InputWatch()
     outer: dict[str, Any] = {}
@@ -108,7 +112,7 @@ def watching(model: Any) -> Iterator[InputWatch]:
         ids = args[0] if args else next(iter(kwargs.values()))
         watch.begin(ids, **outer)
 
-    def on_attention(_: Any, args: tuple, kwargs: dict) -> None:
+    def on_block(_: Any, args: tuple, kwargs: dict) -> None:
         entry = kwargs.get("past_kv_cache_entry")
         watch.note(kwargs.get("attention_mask"), entry.past_keys.shape[1] if entry is not None else None)
 
@@ -118,7 +122,7 @@ def watching(model: Any) -> Iterator[InputWatch]:
             handle = wrapped.register_forward_pre_hook(on_model, with_kwargs=True)
             stack.callback(handle.remove)
         elif hasattr(model, "blocks"):
-            handle = model.blocks[0].attn.register_forward_pre_hook(on_attention, with_kwargs=True)
+            handle = model.blocks[0].register_forward_pre_hook(on_block, with_kwargs=True)
             stack.callback(handle.remove)
         if hasattr(model, "embed"):
             handle = model.embed.register_forward_pre_hook(on_embed, with_kwargs=True)

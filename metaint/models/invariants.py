@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metaint.models.reading import Reading, Unavailable, widen
+from metaint.models.readout import final_norm_of, readout_of, setting
 
 
 class Pair(NamedTuple):
@@ -30,13 +31,8 @@ class Trial(NamedTuple):
     reading: Reading
 
     def setting(self, name: str) -> Any:
-        """A field of `cfg`, else of the configuration of the model that a bridge wraps, else None.
-
-        Bridges leave out of `cfg` what Gemma-2 scales its queries by, and the width of sliding windows.
-        """
-        value = getattr(self.model.cfg, name, None)
-        wrapped = getattr(getattr(self.model, "original_model", None), "config", None)
-        return getattr(wrapped, name, None) if value is None else value
+        """A setting of the model, or None."""
+        return setting(self.model, name)
 
     @property
     def layers(self) -> range:
@@ -202,6 +198,30 @@ def residual(trial: Trial) -> Iterator[Pair]:
         if not getattr(trial.model.cfg, "attn_only", False):
             summed = summed + reading[f"{block}.hook_mlp_out"]
         yield Pair(f"{block}.hook_resid_post", reading[f"{block}.hook_resid_post"], summed)
+
+
+def stream(trial: Trial) -> Iterator[Pair]:
+    for layer in trial.layers[1:]:
+        before, name = f"blocks.{layer - 1}.hook_resid_post", f"blocks.{layer}.hook_resid_pre"
+        yield Pair(name, trial.reading[name], trial.reading[before])
+    last = f"blocks.{trial.layers[-1]}.hook_resid_post"
+    yield Pair(last, trial.reading[last], trial.reading[last])
+
+
+def final_norm(trial: Trial) -> Iterator[Pair]:
+    """The norm's `hook_scale` against what the last residual stream says it is."""
+    norm = final_norm_of(trial.model)
+    if norm is None:
+        raise Unavailable("the model has no final norm", "ln_final")
+    scale = trial.reading["ln_final.hook_scale"]
+    last = trial.reading[f"blocks.{trial.layers[-1]}.hook_resid_post"]
+    yield Pair("ln_final.hook_scale", scale, norm.scale(last))
+
+
+def unembedding(trial: Trial) -> Iterator[Pair]:
+    last = trial.reading[f"blocks.{trial.layers[-1]}.hook_resid_post"]
+    logits = readout_of(trial.model).logits(last.flatten(0, 1))
+    yield Pair("W_U", widen(trial.reading.logits).flatten(0, 1), logits)
 
 
 def repeat_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:

@@ -48,8 +48,6 @@ class HeadProbe(Probe):
         for name in ("null_mean", "null_variance", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
         self._plan: Plan | None = None
-        self._pass: tuple[InputWatch, int] | None = None
-        self._layers: set[int] = set()
 
     @cached_property
     def slots(self) -> dict[str, slice]:
@@ -69,11 +67,8 @@ class HeadProbe(Probe):
 
     def read(self, name: str, activation: Tensor, watch: InputWatch) -> None:
         layer = int(name.split(".")[1])
-        if self._pass == (watch, watch.passes) and layer in self._layers:
-            watch.begin(None)  # the same layer again without an embedding: a pass fed with embeddings
-        if self._pass != (watch, watch.passes):
+        if self.opens_pass(name, watch):
             self._begin(watch, activation)
-        self._layers.add(layer)
         assert self._plan is not None
         # A sliding-window cache holds the last keys alone; the others get no weight.
         missing = self._plan.context.mask.shape[1] - activation.shape[-1]
@@ -87,7 +82,6 @@ class HeadProbe(Probe):
         positions = torch.arange(inputs.past, inputs.past + queries, device=pattern.device)
         tokens = None if inputs.tokens is None else inputs.tokens.to(pattern.device)
         self._plan = Plan.of(self.kinds, Context(positions, inputs.mask, tokens, self.shape.causal))
-        self._layers, self._pass = set(), (watch, watch.passes)
         if inputs.past == 0 or not self.sums:
             self._make_room(batch, pattern.device)
         self.tokens_seen = self.tokens_seen + inputs.mask[:, inputs.past :].sum()

@@ -35,6 +35,8 @@ class Probe(Metric):
         super().__init__()
         self.shape: Shape | None = None
         self.facts: dict[str, str | int] = {}
+        self._pass: tuple[InputWatch, int] | None = None
+        self._read: set[str] = set()
 
     def hook_names(self, shape: Shape) -> list[str]:
         """The hook points this probe reads, by their TransformerLens names."""
@@ -43,6 +45,16 @@ class Probe(Metric):
     def read(self, name: str, activation: Tensor, watch: InputWatch) -> None:
         """Fold one activation into the state."""
         raise NotImplementedError
+
+    def opens_pass(self, name: str, watch: InputWatch) -> bool:
+        """Whether this activation is the first that this probe reads of a forward pass; called once for each."""
+        if self._pass == (watch, watch.passes) and name in self._read:
+            watch.begin(None)  # the same hook again without an embedding: a pass fed with embeddings
+        opens = self._pass != (watch, watch.passes)
+        if opens:
+            self._pass, self._read = (watch, watch.passes), set()
+        self._read.add(name)
+        return opens
 
     def to_dataset(self) -> xr.Dataset:
         """The state as labelled variables."""

@@ -26,7 +26,7 @@ FAULTS = (
 
 
 class HandMade(HookedRootModule):
-    """Attention only, no norms, no biases; `fault` is one of FAULTS, in the second layer alone.
+    """Attention only, an RMSNorm at the end and no other, no biases; `fault` is one of FAULTS, in the second layer alone.
 
     "silent_X" never calls the hook; "late_X" calls it with a copy, so that an edit does nothing; "flat_pattern"
     has rows that sum to more than one; "leaky_mask" lets queries see later keys; "not_a_number" puts NaN in z.
@@ -43,6 +43,8 @@ class HandMade(HookedRootModule):
             n_ctx=64,
             attention_dir="causal",
             attn_only=True,
+            normalization_type="RMS",
+            eps=1e-5,
         )
         generator = torch.Generator().manual_seed(0)
         shape = (N_LAYERS, N_HEADS, D_MODEL, D_MODEL // N_HEADS)
@@ -50,6 +52,7 @@ class HandMade(HookedRootModule):
             setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator) * 0.4))
         self.W_O = nn.Parameter(torch.randn(shape, generator=generator).transpose(2, 3).contiguous() * 0.4)
         self.W_E = nn.Parameter(torch.randn(D_VOCAB, D_MODEL, generator=generator))
+        self.ln_final = _FinalNorm()
         self.blocks = nn.ModuleList(_Block(self, i, fault if i else "") for i in range(N_LAYERS))
         self.setup()
 
@@ -58,7 +61,21 @@ class HandMade(HookedRootModule):
         stream = self.W_E[tokens]
         for block in self.blocks:
             stream = block(stream)
-        return stream @ self.W_E.T
+        return self.ln_final(stream) @ self.W_U
+
+    @property
+    def W_U(self) -> Tensor:
+        return self.W_E.T
+
+
+class _FinalNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(0.5, 1.5, D_MODEL))
+        self.hook_scale = HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.hook_scale((x.square().mean(-1, keepdim=True) + 1e-5).sqrt()) * self.w
 
 
 class _Attention(nn.Module):

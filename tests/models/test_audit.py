@@ -24,13 +24,17 @@ _PATTERN_LATE = {"edit_pattern": "fails"} if MAJOR == 3 else {}
 _BERT_DIRECTION = (
     {"pattern_causal": "fails", "pattern_from_scores": "fails"} if MAJOR == 3 else {"pattern_causal": "unavailable"}
 )
+_NO_FINAL_NORM = {"final_norm": "unavailable"}
+# Between BERT's last block and its unembedding stands a dense layer, whose output ln_final normalises.
+_BERT_HEAD = {"final_norm": "fails", "unembedding": "fails"}
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "native-attn-only": _PATTERN_LATE,
+    "native-attn-only": {**_PATTERN_LATE, **_NO_FINAL_NORM},
+    "hooked-attn-only": _NO_FINAL_NORM,
     "native-mlp-ln": _PATTERN_LATE,
     "native-gqa": _PATTERN_LATE,
     "native-rms-rotary": {**_PATTERN_LATE, **_ROTATION_UNSEEN},
     "neox": _ROTATION_UNSEEN,
-    "bert": {**_BERT_DIRECTION, "residual": "unavailable", "edit_pattern": "fails"},
+    "bert": {**_BERT_DIRECTION, **_BERT_HEAD, "residual": "unavailable", "edit_pattern": "fails"},
 }
 
 
