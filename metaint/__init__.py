@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from metaint.models.audit import audit
     from metaint.models.open import open_model
     from metaint.probes.heads import HeadProbe
+    from metaint.probes.inner import InnerProbe
     from metaint.probes.probe import Probe
+    from metaint.probes.residual import ResidualProbe
     from metaint.scanning import attach, read_cache, scan
     from metaint.store import load, save
 
@@ -45,7 +47,9 @@ _HOMES = {
     "metaint.models.audit": ("audit",),
     "metaint.models.open": ("open_model",),
     "metaint.probes.heads": ("HeadProbe",),
+    "metaint.probes.inner": ("InnerProbe",),
     "metaint.probes.probe": ("Probe",),
+    "metaint.probes.residual": ("ResidualProbe",),
     "metaint.scanning": ("attach", "read_cache", "scan"),
     "metaint.store": ("load", "save"),
 }  # fmt: skip

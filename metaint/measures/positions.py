@@ -29,7 +29,7 @@ def sample_positions(
     longest = int(positions.max()) + 1 if positions.numel() else 0
     order = torch.from_numpy(np.random.default_rng(seed).random(max(longest, 1))).to(torch.float32)
     preference = order.to(positions.device)[positions].masked_fill(~eligible, 2.0)
-    best = preference.sort(-1, stable=True)
+    best = preference.sort(dim=-1, stable=True)
     index, there = best.indices[:, :count], best.values[:, :count] < 2.0
     rising = index.masked_fill(~there, queries).sort(-1)
     return rising.values.clamp(max=queries - 1), rising.values < queries

@@ -26,7 +26,7 @@ FAULTS = (
 
 
 class HandMade(HookedRootModule):
-    """Attention only, an RMSNorm at the end and no other, no biases; `fault` is one of FAULTS, in the second layer alone.
+    """Attention only, an RMSNorm at the end, no biases; `fault` is one of FAULTS, in the second layer alone.
 
     "silent_X" never calls the hook; "late_X" calls it with a copy, so that an edit does nothing; "flat_pattern"
     has rows that sum to more than one; "leaky_mask" lets queries see later keys; "not_a_number" puts NaN in z.
