@@ -11,6 +11,10 @@ from jaxtyping import install_import_hook
 
 with install_import_hook(["metaint.measures"], "beartype.beartype"):
     import metaint.measures.attention
+    import metaint.measures.correlation
+    import metaint.measures.inner
+    import metaint.measures.norms
+    import metaint.measures.positions
     import metaint.measures.resampling
 
 import metaint
