@@ -191,7 +191,7 @@ def _read_rows(
         found.loss[i, rows] = log_sum[:, None] - at_targets
         found.rank[i, rows] = (logits > at_targets[:, :1]).sum(-1).to(z.dtype) + 1
         found.entropy[i, rows] = log_sum - dot(p, logits)
-        found.kl[i, rows] = (final_mean - final_sum + log_sum - dot(final_p, logits)).clamp(min=0)
+        found.kl[i, rows] = ((final_mean - dot(final_p, logits)) + (log_sum - final_sum)).clamp(min=0)
         leaving = [s for s, (begin, _) in enumerate(steps) if begin == i]
         if not leaving and i < len(points) - 1:
             continue

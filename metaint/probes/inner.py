@@ -23,6 +23,7 @@ from metaint.models.audit import holds
 from metaint.models.describe import Shape, shape_of
 from metaint.models.inputs import InputWatch
 from metaint.models.readout import readout_of
+from metaint.models.translators import affine_translators
 from metaint.probes.probe import Probe
 from metaint.probes.stream import Rows, precise, widened_copy
 
@@ -46,10 +47,11 @@ class InnerProbe(Probe):
     """Reads, at sampled positions, the loss of the next token at every layer and how each step follows its gradient.
 
     `positions` of each sequence are sampled by `seed`, never position 0 and only those with a next token. Baselines
-    (`_null`) put another sampled token's target of the same sequence in the place of the true one. `translators` is
-    a tuned lens (see `metaint.models.translators`) for the layers before the last; the logit lens otherwise, which
-    is biased in early layers. With translators, or where writes don't add up, the split by attention and MLP is NaN.
-    Passes that continue a cache are left out: their next tokens are not there yet.
+    (`_null`) put another sampled token's target of the same sequence in the place of the true one. `lens` is a tuned
+    lens, or the folder of one (see `metaint.models.translators`; it fits the raw weights it was trained on), for the
+    layers before the last; the logit lens otherwise, which is biased in early layers. With a tuned lens, or where
+    writes don't add up, the split by attention and MLP is NaN. Passes that continue a cache are left out: their next
+    tokens are not there yet.
 
     Costs four products of [positions, d_model] with the unembedding for each sublayer; the vocabulary is gone
     through in chunks of at most 128 MB. State: sums for each sequence and layer, and norm, loss and learning rates
@@ -64,32 +66,30 @@ class InnerProbe(Probe):
     values: list[Float[Tensor, "sequence sample field layer"]]
     rates: list[Float[Tensor, "sequence sample part block"]]
 
-    def __init__(self, positions: int = 64, translators: Any = None, seed: int = 0) -> None:
+    def __init__(self, positions: int = 64, lens: Any = None, seed: int = 0) -> None:
         super().__init__()
         if positions < 1:
             raise InputError(f"positions is {positions}: at least 1 position of each sequence must be sampled.")
-        self.positions, self.translators, self.seed = positions, translators, seed
+        self.positions, self.lens, self.seed = positions, lens, seed
         for name in ("sums", "tokens", "values", "rates"):
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("frequency", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
         self._split = False
         self._readout: Readout | None = None
-        self._lens: list[Translator] | None = None
+        self._translators: list[Translator] | None = None
         self._rows: Rows | None = None
 
     def prepare(self, model: Any) -> None:
         if not shape_of(model).causal:
             raise HookAuditError("InnerProbe needs a model that predicts the next token, and this one looks ahead.")
-        self._split = self.translators is None and holds(model, "residual")
+        self._split = self.lens is None and holds(model, "residual")
         super().prepare(model)
         assert self.shape is not None
         self._readout = readout_of(model)
-        if self.translators is not None:
-            from metaint.models.translators import affine_translators
-
-            pairs = affine_translators(self.translators, self.shape.n_layers, self.shape.d_model)
-            self._lens = [Translator(*pair) for pair in pairs]
+        if self.lens is not None:
+            pairs = affine_translators(self.lens, self.shape.n_layers, self.shape.d_model)
+            self._translators = [Translator(*pair) for pair in pairs]
 
     def hook_names(self, shape: Shape) -> list[str]:
         parts = ["hook_resid_pre"]
@@ -126,10 +126,10 @@ class InnerProbe(Probe):
         points, steps = path_of(kept, shape.n_layers, shape.sublayers if self._split else "whole")
         streams = [*(start for (_, part), (start, _) in steps.items() if part == ""), len(points) - 1]
         targets, has_null = _targets(rows)
-        lens = None
-        if self._lens is not None:
-            lens = [*(Translator(*(t.to(points[0]) for t in pair)) for pair in self._lens), None]
-        found = read_path(readout, points, list(steps.values()), targets, lens)
+        translators = None
+        if self._translators is not None:
+            translators = [*(Translator(*(t.to(points[0]) for t in pair)) for pair in self._translators), None]
+        found = read_path(readout, points, list(steps.values()), targets, translators)
         lengths = torch.stack([norms.norm(points[i]) for i in streams], 1)
         summands = {**_of_layers(found, streams, lengths, has_null), **_of_steps(found, steps, has_null)}
         slots = lengths.new_zeros(len(targets), len(_SLOTS), shape.n_layers + 1, dtype=precise(lengths.device))
@@ -151,7 +151,7 @@ class InnerProbe(Probe):
         fields = [rows.pick(rows.tokens)[rows.sampled], target, rows.pick(rows.position)[rows.sampled]]
         ids[sequence, sample] = torch.stack(fields, -1)
         self.tokens.append(ids)
-        for state, new in ((self.values, values.float()), (self.rates, rates)):
+        for state, new in ((self.values, values.float()), (self.rates, rates.float())):
             padded = torch.full((batch, self.positions, *new.shape[1:]), math.nan, device=new.device)
             padded[sequence, sample] = new
             state.append(padded)
@@ -223,7 +223,7 @@ class InnerProbe(Probe):
             tokens_seen=int(self.tokens_seen),
             sequences=sum(len(block) for block in self.sums),
             samples=samples,
-            lens="logit lens" if self._lens is None else "tuned lens",
+            lens="logit lens" if self.lens is None else "tuned lens",
         )
         return data
 

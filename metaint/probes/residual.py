@@ -307,7 +307,8 @@ class ResidualProbe(Probe):
             layers[layer, : len(best)] = best.masked_fill(best[:, :1] < 0, math.nan)
         for i, name in enumerate(("value", "dimension", "position", "token")):
             found[f"massive_{name}"] = layers[..., i]
-        found["massive"] = norms.is_massive(found["massive_value"], found["median_magnitude"][:, None])
+        value = found["massive_value"]
+        found["massive"] = norms.is_massive(value, found["median_magnitude"][:, None].expand_as(value))
         return found
 
     def to_dataset(self) -> xr.Dataset:
