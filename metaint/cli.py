@@ -37,6 +37,9 @@ def main() -> None:
 @app.command()
 def scan(
     model: Model,
+    probes: Annotated[
+        str, typer.Option(help="What to read, joined by commas: heads, residual, inner; one pass feeds them all.")
+    ] = "heads",
     text: Annotated[Path | None, typer.Option(help="Read windows of this text.")] = None,
     repeat: Annotated[
         int | None, typer.Option(help="Read random tokens, this many, repeated twice (default 50).")
@@ -54,24 +57,32 @@ def scan(
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the random tokens or of the choice of windows.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Save the scan as a Zarr folder.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Write the figures of residual and inner to this HTML page.")
+    ] = None,
     sort: Annotated[str | None, typer.Option(help="Score to sort the table by.")] = None,
     top: Annotated[int | None, typer.Option(help="Print only this many heads; 0 for all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Score and label every head of MODEL."""
+    """Score and label every head of MODEL; with --probes, read its residual stream and inner losses too."""
+    chosen = _probe_names(probes)
+    _check(figures is None or chosen != ["heads"], "--figures draws residual and inner: add one of them to --probes.")
+    _check_page(figures)
+    _check(not as_csv or len(chosen) == 1, f"--csv holds one table, and --probes asks for {probes}: choose one.")
+    _check("heads" in chosen or (sort is None and top is None), "--sort and --top are for heads: add it to --probes.")
     _check(text is None or repeat is None, "--text and --repeat were both given: choose one input.")
     _check(not (as_json and as_csv), "--json and --csv were both given: choose one format.")
     _check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
     _check(repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated.")
     _check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     from metaint.tasks import read_text
-    from metaint.views.tables import SCORES, print_scan, to_csv, to_json
+    from metaint.views.tables import SCORES
 
     _check(sort is None or sort in SCORES, f"--sort is {sort!r}: choose one of {', '.join(SCORES)}.")
     prose = read_text(text) if text is not None else None
     opened = _open(model, revision, checkpoint, device, dtype)
-    from metaint import save, scan
+    from metaint import HeadProbe, InnerProbe, ResidualProbe, save, scan
     from metaint.scanning import default_tokens, text_tokens
 
     if prose is not None:
@@ -81,11 +92,20 @@ def scan(
         block = repeat or 50
         source = {"task": "repeated_tokens"}
         batch = default_tokens(opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None)
-    found = scan(opened, batch, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), attributes=source)
+    kinds = {"heads": HeadProbe, "residual": ResidualProbe, "inner": InnerProbe}
+    readers = [kinds[name]() for name in chosen]
+    found = scan(
+        opened, batch, readers, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), attributes=source
+    )
     if out is not None:
         save(found, out)
+    if figures is not None:
+        from metaint.views.figures import stream_figures
+        from metaint.views.page import write_page
+
+        write_page(stream_figures(found), figures, f"metaint: {found.attrs['model']}")
     if as_json or as_csv:
-        print((to_json if as_json else to_csv)(found).rstrip("\n"))
+        print(_as_text(found, chosen, as_json))
     else:
         console = _console()
         facts = found.attrs
@@ -94,9 +114,10 @@ def scan(
             f"{facts['dtype']}; {batch.shape[0]} sequences of {batch.shape[1]} tokens ({source['task']}"
             f"{', with BOS' if facts['bos'] else ''}, seed {seed})\n"
         )
-        print_scan(console, found, sort, top)
-        if out is not None:
-            console.print(f"saved to {out}")
+        _print_groups(console, found, chosen, sort, top)
+        for path in (out, figures):
+            if path is not None:
+                console.print(f"saved to {path}")
 
 
 @app.command()
@@ -140,6 +161,42 @@ def _open(name: str, revision: str | None, checkpoint: int | None, device: str |
     from metaint import open_model
 
     return open_model(name, revision=revision, checkpoint=checkpoint, device=device, dtype=dtype)
+
+
+def _probe_names(given: str) -> list[str]:
+    """The names in --probes, each once."""
+    names = [name.strip() for name in given.split(",")]
+    known = len(set(names)) == len(names) and set(names) <= {"heads", "residual", "inner"}
+    _check(known, f"--probes is {given!r}: join some of heads, residual, inner by commas, each once.")
+    return names
+
+
+def _check_page(path: Path | None) -> None:
+    if path is not None:
+        _check(path.suffix == ".html", f"--figures is {path}: give it a name that ends in .html.")
+        _check(path.parent.is_dir(), f"--figures is {path}: there is no folder {path.parent}.")
+
+
+def _as_text(found: Any, chosen: list[str], as_json: bool) -> str:
+    """A scan for machines: JSON of every group, or the table of the one group as CSV."""
+    from metaint.views.streams import layer_frame, scan_json
+    from metaint.views.tables import to_csv, to_json
+
+    if as_json:
+        return (to_json if chosen == ["heads"] else scan_json)(found)
+    text = to_csv(found) if chosen == ["heads"] else layer_frame(found, chosen[0]).to_csv(index=False)
+    return text.rstrip("\n")
+
+
+def _print_groups(console: Console, found: Any, chosen: list[str], sort: str | None, top: int | None) -> None:
+    from metaint.views.streams import print_inner, print_residual
+    from metaint.views.tables import print_scan
+
+    for name in chosen:
+        if name == "heads":
+            print_scan(console, found, sort, top)
+        else:
+            {"residual": print_residual, "inner": print_inner}[name](console, found)
 
 
 def _console() -> Console:

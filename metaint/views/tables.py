@@ -88,7 +88,7 @@ def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled hea
         console.print(f"None of the {total} heads earns a label.")
         return
     count = len(set(named["head"]))
-    table = _table(f"{title}: {count} of {total}", tight=console.width < 90)
+    table = plain_table(f"{title}: {count} of {total}", tight=console.width < 90)
     for name in ("head", "label"):
         table.add_column(name, no_wrap=True)
     for name in ("score", "interval", "uniform", "null", "margin", "on first"):
@@ -115,7 +115,7 @@ def print_births(console: Console, births: xr.DataTree, since: Mapping[tuple[str
     if not followed:
         console.print("No head holds the previous-token or the induction label at the end.\n")
         return
-    table = _table("Over training")
+    table = plain_table("Over training")
     for name in ("step", "in-context accuracy", *(f"{head} {label}" for head, label in followed)):
         table.add_column(name, justify="right", no_wrap=True)
     for step in heads["step"].values:
@@ -134,7 +134,7 @@ def print_births(console: Console, births: xr.DataTree, since: Mapping[tuple[str
 def print_audit(console: Console, checks: pd.DataFrame, name: str) -> None:
     """The hook audit of a model, one line a check."""
     colours = {"holds": "green", "fails": "red", "unavailable": "yellow"}
-    table = _table(f"Hook audit of {name}")
+    table = plain_table(f"Hook audit of {name}")
     for column in ("check", "status", "difference", "where", "note"):
         table.add_column(column, justify="right" if column == "difference" else "left", overflow="fold")
     for row in checks.to_dict("records"):
@@ -151,12 +151,13 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
+def plain_table(title: str, tight: bool = False) -> Table:
+    """An empty table in the style of all of them; `tight` leaves no space between columns."""
+    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 0 if tight else 1, 0, 0))
+
+
 def _known(frame: pd.DataFrame, name: str) -> bool:
     return name in frame and bool(frame[name].notna().any())
-
-
-def _table(title: str, tight: bool = False) -> Table:
-    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 0 if tight else 1, 0, 0))
 
 
 def _scores(title: str, frame: pd.DataFrame, columns: list[str], order: str, width: int) -> Iterator[Table]:
@@ -167,7 +168,7 @@ def _scores(title: str, frame: pd.DataFrame, columns: list[str], order: str, wid
     wide = {name: max(len(part) for part in [*heads[name].split("\n"), *cells[name]]) + 2 for name in columns}
     left, first = list(columns), True
     while left:
-        table = _table(title if first else "(continued)")
+        table = plain_table(title if first else "(continued)")
         table.add_column("head", no_wrap=True)
         room = width - 4 - max(len(head) for head in ["head", *frame["head"].tolist()])
         if first:
