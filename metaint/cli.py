@@ -1,4 +1,4 @@
-"""The `metaint` command: demo, scan, audit. Bad input is one sentence on stderr and exit status 2."""
+"""The `metaint` command: demo, scan, audit, lab. Bad input is one sentence on stderr and exit status 2."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from metaint.errors import InputError, MetaintError
+from metaint.errors import InputError, MetaintError, ModelError
 
 app = typer.Typer(
     help="Read a transformer through its TransformerLens hooks.",
@@ -17,6 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+lab = typer.Typer(help="A paper as an experiment on a model.", no_args_is_help=True)
+app.add_typer(lab, name="lab")
 
 Model = Annotated[str, typer.Argument(help="toy, a Hugging Face name (gpt2), or a folder in its format.")]
 Revision = Annotated[str | None, typer.Option(help="Revision (branch, tag, commit) on the hub.")]
@@ -150,6 +153,54 @@ def demo(
     from metaint.labs.demo import run
 
     run(_console(), prose, seed, out)
+
+
+@lab.command()
+def inner(
+    model: Annotated[str | None, typer.Argument(help="As for scan; toy and, if it can be reached, gpt2.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Read windows of this text; by default Python's prose, for the toy its task.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Window length, in tokens.")] = 128,
+    windows: Annotated[int, typer.Option(help="Sequences to read.")] = 32,
+    positions: Annotated[int, typer.Option(help="Positions sampled from each sequence.")] = 64,
+    revision: Revision = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of windows, samples, shuffling and the random model.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for figures, verdicts and scans.")] = Path("inner-lab"),
+) -> None:
+    """Does MODEL look like an inner optimisation? Beside its random initialisation and shuffled tokens."""
+    _check(windows >= 2, f"--windows is {windows}: at least 2 sequences tell an interval.")
+    _check(positions >= 1, f"--positions is {positions}: it must be at least 1.")
+    _check(length >= 3, f"--length is {length}: it must be at least 3.")
+    _check(not out.exists() or out.is_dir(), f"--out is {out}, which is a file: name a folder.")
+    from metaint.tasks import python_prose, read_text
+
+    prose = read_text(text) if text is not None else None
+    from metaint.labs.inner import run, toy_tokens
+    from metaint.scanning import text_tokens
+
+    console = _console()
+    for name in ("toy", "gpt2") if model is None else (model,):
+        try:
+            opened = _open(name, revision, checkpoint, device, dtype)
+        except ModelError as error:
+            if model is not None or name == "toy":
+                raise
+            console.print(f"{name} is left out: {error}")
+            continue
+        reach = min(length, int(opened.cfg.n_ctx))
+        if prose is None and name == "toy":
+            batch, source = toy_tokens(opened, windows, reach, seed), "in-context bigrams"
+        else:
+            batch = text_tokens(opened, prose or python_prose(), reach, windows, seed)
+            source = str(text or "Python's prose")
+        facts = {"task": "text", "source": source}
+        folder = out / name.rstrip("/").replace("/", "--")
+        progress = sys.stderr.isatty()
+        run(console, opened, batch, folder, name, positions=positions, seed=seed, progress=progress, attributes=facts)
 
 
 def _open(name: str, revision: str | None, checkpoint: int | None, device: str | None, dtype: str) -> Any:

@@ -161,6 +161,18 @@ class InnerProbe(Probe):
         self.frequency = self.frequency + seen
         self.tokens_seen = self.tokens_seen + rows.real.sum()
 
+    def sequence_sums(self, name: str) -> tuple[Float[Tensor, "sequence layer"], Float[Tensor, "sequence layer"]]:
+        """What a mean of `/inner` sums to in each sequence, and its count: for intervals of differences and the like.
+
+        For fidelity, the first-order decreases and the decreases.
+        """
+        slot, count = name.replace("fidelity", "descent"), _MEANS.get(name) or name.replace("fidelity", "loss_decrease")
+        if slot not in _SLOTS or count not in _SLOTS:
+            raise InputError(f"name is {name!r}: choose a mean of /inner, such as loss or step_gradient_cosine.")
+        sums = dim_zero_cat(self.sums).cpu()
+        n_layers = sums.shape[-1] - (slot in _STEP)
+        return sums[:, _SLOTS.index(slot), :n_layers], sums[:, _SLOTS.index(count), :n_layers]
+
     def compute(self) -> dict[str, Tensor]:
         """Every variable of `/inner` that lies along layers or blocks, by name."""
         if len(self.sums) == 0:

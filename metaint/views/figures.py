@@ -29,6 +29,8 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 WIDTH, _PANEL, _LEFT, _TOP, _LINE, _CAPTION_AT = 900, 270, 76, 84, 17, 58
 # Characters: a line of the caption, a line of a legend, and the longest name; layers up to which points are marked.
 _CAPTION_WRAP, _NAME_WRAP, _NAME_SHOWN, _MARKED = 138, 22, 60, 16
+# With fewer growths than this after block 0 (four a block) there is nothing that it could flatten.
+_FEW_GROWTHS = 8
 _NO_PROOF = (
     "Growth alone is no evidence of inner optimisation: any exact descent through a final norm lengthens the stream, "
     "and so does adding vectors that don't oppose it."
@@ -308,16 +310,19 @@ def _rule(figure: go.Figure, row: int, at: float) -> None:
 
 def _leave_out_first(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None:
     """Begin with an axis without block 0 where its growth would flatten all others, as it does in most models."""
+    names = ("growth", "growth_low", "growth_high", "growth_orthogonal")
+    rest = np.concatenate([data[name][1:].values for data in named.values() for name in names])
+    rest = rest[np.isfinite(rest)]
     first = max(float(data["growth"][0]) for data in named.values())
-    ends = [data[name][1:].values for data in named.values() for name in ("growth", "growth_orthogonal")]
-    rest = np.concatenate(ends)
-    if not np.isfinite(rest).any():
+    if len(rest) < _FEW_GROWTHS or first <= 2 * rest.max() - min(rest.min(), 1):
         return
-    low, high = float(np.nanmin(rest)), float(np.nanmax(rest))
-    if first > high + 2 * (high - low):
-        figure.update_xaxes(range=[0.5, max(data["block"].size for data in named.values()) - 0.5])
-        margin = 0.1 * (high - low) + 0.01
-        figure.update_yaxes(range=[min(low, 1.0) - margin, max(high, 1.0) + margin], row=1, col=1)
+    low, high = min(rest.min(), 1), max(rest.max(), 1)
+    room = 0.08 * (high - low)
+    figure.update_yaxes(range=[low - room, high + 2 * room], row=1, col=1)
+    words = f"block 0 is off the scale ({number(first)}): double-click to see all"
+    figure.add_annotation(
+        text=words, x=1, y=1, xref="x domain", yref="y domain", xanchor="right", yanchor="top", showarrow=False
+    )
 
 
 def _curve(data: xr.Dataset, line: _Line, told: str, colour: str) -> go.Scatter:
