@@ -60,7 +60,7 @@ def plot_norms(scans: Scans) -> go.Figure:
     lines = [_Line(name, name, colours[name], "dash" if name == "position 0" else "solid") for name in buckets[:-1]]
     figure = _panels(["length of the stream"], [1.3])
     _draw(figure, 1, tables, lines if alone else [_Line(buckets[-1], buckets[-1], BLUE)])
-    figure.update_yaxes(type="log")
+    _log_axis(figure, 1)
     read = (
         "How to read: geometric mean length of the stream before each layer's block (layer 0 is the embedding, the "
         "last comes before the final norm); bands hold 5 to 95 % of the tokens. "
@@ -111,7 +111,7 @@ def plot_inner_loss(scans: Scans) -> go.Figure:
     ]
     _draw(figure, 1, named, losses)
     _draw(figure, 2, named, [_Line("target_rank", "rank", GREEN)])
-    figure.update_yaxes(type="log", row=2, col=1)
+    _log_axis(figure, 2)
     caption = (
         "How to read: mean loss of the next token if the stream at this layer were the last; a loss as high as that "
         "of another token's target knows nothing of this position. Below, geometric mean rank, 1 is the most likely. "
@@ -137,6 +137,7 @@ def plot_agreement(scans: Scans) -> go.Figure:
         ]
         _draw(figure, row, named, lines, explain=row == 1)
         _rule(figure, row, 0)
+    figure.update_yaxes(matches="y")
     caption = (
         "How to read: mean cosine of what is added with the descent direction of the next token's loss there, 1 is a "
         "gradient step; only what stands above the same with another token's target tells of this token. Bands are "
@@ -304,6 +305,15 @@ def _stripe(figure: go.Figure, row: int, null: float, blocks: int) -> None:
     figure.add_trace(stripe.update(name=_wrap("unrelated directions"), showlegend=True), row=row, col=1)
 
 
+def _log_axis(figure: go.Figure, row: int) -> None:
+    """A log axis with ticks at 1, 2 and 5; where the values lie close together plotly's own ticks do better."""
+    figure.update_yaxes(type="log", row=row, col=1)
+    axis = "y" if row == 1 else f"y{row}"
+    drawn = [trace.y for trace in figure.data if trace.yaxis == axis and trace.y[0] is not None]
+    if drawn and np.nanmax(np.concatenate(drawn)) > 5 * np.nanmin(np.concatenate(drawn)):
+        figure.update_yaxes(dtick="D2", tickformat="~g", row=row, col=1)
+
+
 def _rule(figure: go.Figure, row: int, at: float) -> None:
     figure.add_hline(at, row=row, col=1, line={"color": GREY, "width": 1}, layer="below")  # type: ignore[arg-type]
 
@@ -370,26 +380,24 @@ def _along(values: xr.DataArray) -> np.ndarray:
 
 def _finish(figure: go.Figure, title: str, named: Mapping[str, xr.Dataset], caption: str, x_title: str) -> None:
     """The common look: title, x axis, legends right of their panels, and the caption below all."""
-    rows = [axis for axis in figure.layout if axis.startswith("yaxis")]
+    rows = sorted(axis for axis in figure.layout if axis.startswith("yaxis"))
     for row, axis in enumerate(rows, 1):
         top = figure.layout[axis].domain[1]
         figure.layout["legend" if row == 1 else f"legend{row}"] = {"x": 1.02, "y": top, "yanchor": "top"}
     lines = textwrap.wrap(caption, _CAPTION_WRAP)
     below = _CAPTION_AT + _LINE * len(lines) + 14
-    name, data = next(iter(named.items()))
-    read = (data.attrs.get(key, "?") for key in ("tokens_seen", "sequences"))
-    facts = "{}: {} tokens in {} sequences".format(_short(name), *read)
     figure.update_layout(
         template="plotly_white",
         width=WIDTH,
         height=figure.layout.height + _TOP + below,
         margin={"l": _LEFT, "r": 30, "t": _TOP, "b": below},
         title={"text": title, "x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 18}},
+        title_subtitle={"text": _facts(named), "font": {"color": GREY}},
+        font_family="Arial, Helvetica, sans-serif",  # the caption is wrapped for its width
         hovermode=figure.layout.hovermode or "x unified",
     )
-    if len(named) == 1:
-        figure.update_layout(title_subtitle={"text": facts, "font": {"color": GREY}})
-    figure.update_yaxes(automargin=False, title_standoff=8)
+    figure.update_yaxes(automargin=False, title_standoff=8, zeroline=False)
+    figure.update_xaxes(zeroline=False)
     figure.update_xaxes(title_text=x_title, row=len(rows), col=1)
     if x_title in ("layer", "block"):
         longest = max(data.sizes[x_title] for data in named.values())
@@ -409,6 +417,16 @@ def _finish(figure: go.Figure, title: str, named: Mapping[str, xr.Dataset], capt
         showarrow=False,
         font={"size": 12, "color": "#444444"},
     )
+
+
+def _facts(named: Mapping[str, xr.Dataset]) -> str:
+    """What was read, in a line under the title."""
+    if len(named) == 1:
+        name, data = next(iter(named.items()))
+        read = (data.attrs.get(key, "?") for key in ("tokens_seen", "sequences"))
+        return "{}: {} tokens in {} sequences".format(escape(_short(name), quote=False), *read)
+    counts = sorted(int(data.attrs.get("tokens_seen", 0)) for data in named.values())
+    return f"{len(named)} scans of {counts[0]}{'' if counts[0] == counts[-1] else f' to {counts[-1]}'} tokens"
 
 
 def _wrap(name: str) -> str:
