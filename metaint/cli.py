@@ -198,7 +198,7 @@ def inner(
             batch = text_tokens(opened, prose or python_prose(), reach, windows, seed)
             source = str(text or "Python's prose")
         facts = {"task": "text", "source": source}
-        folder = out / name.rstrip("/").replace("/", "--")
+        folder = out / name.strip("/").replace("/", "--")
         progress = sys.stderr.isatty()
         run(console, opened, batch, folder, name, positions=positions, seed=seed, progress=progress, attributes=facts)
 

@@ -149,3 +149,63 @@ def test_a_failed_scan_keeps_the_earlier_result(run, folder, tmp_path):
 
 def test_unknown_options_exit_with_2(run):
     assert run("scan", "toy", "--nonsense")[0] == 2
+
+
+def test_three_probes_in_one_pass(run, folder, tmp_path):
+    page, store = tmp_path / "p.html", tmp_path / "s.zarr"
+    asked = ("scan", folder, "--tokens", 400, "--probes", "heads,residual,inner")
+    code, out, err = run(*asked, "--figures", page, "--out", store)
+    assert (code, err) == (0, "")
+    for title in ("How heads look", "Residual stream", "Inner optimisation"):
+        assert title in out
+    assert "agreement" in page.read_text()
+    assert set(metaint.load(store).children) == {"heads", "residual", "inner"}
+    code, out, _ = run(*asked, "--json")
+    found = json.loads(out)
+    assert {"heads", "residual", "inner"} < set(found)
+    code, out, _ = run("scan", folder, "--tokens", 400, "--probes", "inner", "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert float(rows[1]["loss"]) == pytest.approx(found["inner"]["layers"][1]["loss"], rel=1e-6)
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--probes", "heads,norms"], "--probes is 'heads,norms': join some of heads, residual, inner by commas"),
+        (["--probes", "inner,inner"], "--probes is 'inner,inner': join some of"),
+        (["--probes", ""], "--probes is '': join some of"),
+        (["--figures", "a.html"], "--figures draws residual and inner: add one of them to --probes."),
+        (["--probes", "inner", "--figures", "a.png"], "--figures is a.png: give it a name that ends in .html."),
+        (["--probes", "inner", "--figures", "no/a.html"], "--figures is no/a.html: there is no folder no."),
+        (["--probes", "inner,heads", "--csv"], "--csv holds one table, and --probes asks for inner,heads: choose one."),
+        (["--probes", "inner", "--top", "3"], "--sort and --top are for heads: add it to --probes."),
+    ],
+)
+def test_probes_that_can_not_be_read_are_one_sentence(run, folder, arguments, sentence):
+    code, out, err = run("scan", folder, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"metaint: {sentence}")
+    assert err.count("\n") == 1
+
+
+def test_the_inner_lab_writes_its_folder(run, folder, tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_text(" ".join(f"w{4 + i * i % 90}" for i in range(600)))
+    asked = ("lab", "inner", folder, "--text", text, "--windows", 4, "--length", 20, "--positions", 6)
+    code, out, err = run(*asked, "--out", tmp_path / "lab")
+    assert (code, err) == (0, "")
+    assert "look like an inner optimisation?" in out
+    assert len(list((tmp_path / "lab").glob("*/figures.html"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--windows", 1], "--windows is 1: at least 2 sequences tell an interval."),
+        (["--positions", 0], "--positions is 0: it must be at least 1."),
+        (["--length", 2], "--length is 2: it must be at least 3."),
+    ],
+)
+def test_a_lab_without_enough_is_one_sentence(run, folder, arguments, sentence):
+    assert run("lab", "inner", folder, *arguments) == (2, "", f"metaint: {sentence}\n")
