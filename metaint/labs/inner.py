@@ -182,7 +182,7 @@ def _described(scans: Mapping[str, xr.DataTree]) -> list[dict]:
     growth, correlation = {}, {}
     for name, tree in scans.items():
         residual, last = tree["residual"], tree["inner"].to_dataset().isel(layer=-1)
-        growth[name] = Estimate(float(residual["growth_rate"]), np.nan, np.nan)
+        growth[name] = Estimate(residual["growth_rate"].item(), np.nan, np.nan)
         ends = ("", "_low", "_high")
         correlation[name] = Estimate(*(float(last[f"norm_loss_spearman_partial{end}"]) for end in ends))
     return [

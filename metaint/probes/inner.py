@@ -207,7 +207,7 @@ class InnerProbe(Probe):
         covariates = torch.stack([count[ids[:, 0]], count[ids[:, 1]], ids[:, 2].to(count.dtype)])
         found = {}
         for name, taken_out in (("norm_loss_spearman", covariates[:0]), ("norm_loss_spearman_partial", covariates)):
-            rows = [partial_spearman(*pair, taken_out, sequence) for pair in norm_and_loss.permute(2, 1, 0)]
+            rows = [partial_spearman(x, y, taken_out, sequence) for x, y in norm_and_loss.permute(2, 1, 0)]
             for end, column in zip(("", "_low", "_high"), zip(*rows, strict=True), strict=True):
                 found[name + end] = torch.tensor(column, dtype=torch.float64)
         return found

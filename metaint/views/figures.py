@@ -16,6 +16,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from metaint.errors import InputError
+from metaint.probes.inner import MOST_TOKENS
 from metaint.views.streams import group_of, later_norms
 from metaint.views.tables import number
 
@@ -28,7 +29,7 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 # Pixels: the figure, a panel of height 1, margins, a line of the caption and where it starts below the panels.
 WIDTH, _PANEL, _LEFT, _TOP, _LINE, _CAPTION_AT = 900, 270, 76, 84, 17, 58
 # Characters: a line of the caption, a line of a legend, and the longest name; layers up to which points are marked.
-_CAPTION_WRAP, _NAME_WRAP, _NAME_SHOWN, _MARKED = 138, 22, 60, 16
+_CAPTION_WRAP, _NAME_WRAP, _NAME_SHOWN, _MARKED = 146, 22, 60, 16
 # With fewer growths than this after block 0 (four a block) there is nothing that it could flatten.
 _FEW_GROWTHS = 8
 _NO_PROOF = (
@@ -63,7 +64,8 @@ def plot_norms(scans: Scans) -> go.Figure:
     _log_axis(figure, 1)
     read = (
         "How to read: geometric mean length of the stream before each layer's block (layer 0 is the embedding, the "
-        "last comes before the final norm); bands hold 5 to 95 % of the tokens. "
+        f"last comes before the final norm){'' if alone else ', position 0 left out'}; bands hold 5 to 95 % of the "
+        "tokens. "
     )
     trap = " Folded or centred weights change lengths, so compare only scans whose weights were processed alike."
     _finish(figure, "Length of the residual stream", named, read + _NO_PROOF + trap, "layer")
@@ -76,25 +78,34 @@ def plot_growth(scans: Scans) -> go.Figure:
     InputError where /residual is missing.
     """
     named = _named(scans, "residual")
-    figure = _panels(["length after / before", "cosine with the stream"], [1, 1])
+    split = any(_there(data, f"cos_stream_{part}") for data in named.values() for part in ("attn", "mlp"))
+    figure = _panels(["length after / before", "cosine with the stream"][: 1 + split], [1, 1][: 1 + split])
     growth = [_Line("growth", "growth", BLUE), _Line("growth_orthogonal", "if orthogonal", GREY, "dash")]
-    writes = [_Line("cos_stream_attn", "attention", VERMILION), _Line("cos_stream_mlp", "MLP", GREEN, "dash")]
-    null = 2 * max(data["cos_null_std"].item() for data in named.values())
     _draw(figure, 1, named, growth)
-    _stripe(figure, 2, null, max(data["block"].size for data in named.values()))
-    _draw(figure, 2, named, writes)
     _rule(figure, 1, 1)
-    _rule(figure, 2, 0)
     _leave_out_first(figure, named)
     caption = (
-        "How to read: above, growth of the length in each block beside what the same step would give if it were "
-        "orthogonal to the stream (growth below that: the step opposes the stream); below, cosine of what attention "
-        f"and MLP add with the stream, grey ±{number(null)} being ±2 standard deviations for unrelated directions"
-        f"{' in the narrowest model' if len(named) > 1 else ''}. "
-        "Means over tokens after position 0, bands are 95 % intervals over sequences. " + _NO_PROOF
+        "How to read: growth of the length in each block, beside what the same step would give if it were orthogonal "
+        "to the stream (growth below that: the step opposes the stream). "
     )
+    caption += _draw_cosines(figure, named) if split else ""
+    caption += "Means over tokens after position 0, bands are 95 % intervals over sequences. " + _NO_PROOF
     _finish(figure, "Growth of the stream in each block", named, caption, "block")
     return figure
+
+
+def _draw_cosines(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> str:
+    """What attention and MLP add beside the stream, in the second panel; returns how to read it."""
+    writes = [_Line("cos_stream_attn", "attention", VERMILION), _Line("cos_stream_mlp", "MLP", GREEN, "dash")]
+    null = 2 * max(data["cos_null_std"].item() for data in named.values())
+    _stripe(figure, 2, null, max(data["block"].size for data in named.values()))
+    _draw(figure, 2, named, writes)
+    _rule(figure, 2, 0)
+    return (
+        "Below, cosine of what attention and MLP add with the stream; grey, up to "
+        f"±{number(null)}, are ±2 standard deviations for unrelated directions"
+        f"{' in the narrowest model' if len(named) > 1 else ''}. "
+    )
 
 
 def plot_inner_loss(scans: Scans) -> go.Figure:
@@ -164,13 +175,16 @@ def plot_norm_loss(scans: Scans, layer: int | None = None) -> go.Figure:
         here = data.sel(layer=at)
         figure.add_trace(_dots(name, here, i, len(named)))
         both = (_coefficient(here, f"norm_loss_spearman{end}") for end in ("", "_partial"))
-        told.append(f"{'' if len(named) == 1 else f'{name}, '}layer {at}: Spearman {' and partial '.join(both)}.")
-    figure.update_xaxes(type="log")
+        who = "" if len(named) == 1 else f"{escape(name, quote=False)}, "
+        told.append(f"{who}layer {at}: Spearman {' and partial '.join(both)}.")
+    traces: Any = figure.data
+    figure.update_xaxes(_log_scale(np.concatenate([trace.x for trace in traces])))
     figure.update_layout(hovermode="closest")
     caption = (
-        f"{' '.join(told)} How to read: a dot is a token, at most 2000 a scan (the coefficients use all that were "
-        "sampled, with 95 % intervals over sequences); partial: with token frequencies and position partialled out. A "
-        "correlation over tokens is no cause: frequent tokens and early positions have lengths and losses of their own."
+        f"{' '.join(told)} How to read: a dot is a token, at most {MOST_TOKENS} a scan (the coefficients use all that "
+        "were sampled, with 95 % intervals over sequences); partial: with token frequencies and position partialled "
+        "out. A correlation over tokens is no cause: frequent tokens and early positions have lengths and losses of "
+        "their own."
     )
     _finish(figure, "Length of the stream and loss", named, caption, "length of the stream")
     return figure
@@ -306,12 +320,16 @@ def _stripe(figure: go.Figure, row: int, null: float, blocks: int) -> None:
 
 
 def _log_axis(figure: go.Figure, row: int) -> None:
-    """A log axis with ticks at 1, 2 and 5; where the values lie close together plotly's own ticks do better."""
-    figure.update_yaxes(type="log", row=row, col=1)
     axis = "y" if row == 1 else f"y{row}"
-    drawn = [trace.y for trace in figure.data if trace.yaxis == axis and trace.y[0] is not None]
-    if drawn and np.nanmax(np.concatenate(drawn)) > 5 * np.nanmin(np.concatenate(drawn)):
-        figure.update_yaxes(dtick="D2", tickformat="~g", row=row, col=1)
+    traces: Any = figure.data
+    drawn = np.concatenate([t.y for t in traces if t.yaxis == axis and t.y[0] is not None])
+    figure.update_yaxes(_log_scale(drawn), row=row, col=1)
+
+
+def _log_scale(drawn: np.ndarray) -> dict[str, Any]:
+    """A log axis with ticks at 1, 2 and 5; where the values lie close together plotly's own ticks do better."""
+    ticks = {"dtick": "D2", "tickformat": "~g"} if np.nanmax(drawn) > 5 * np.nanmin(drawn) else {}
+    return {"type": "log", **ticks}
 
 
 def _rule(figure: go.Figure, row: int, at: float) -> None:
@@ -366,7 +384,7 @@ def _band(data: xr.Dataset, variable: str, colour: str) -> go.Scatter:
         y=np.concatenate([high, low[::-1]]),
         mode="lines",
         fill="toself",
-        fillcolor=f"rgba({', '.join(str(int(colour[k : k + 2], 16)) for k in (1, 3, 5))}, 0.16)",
+        fillcolor=f"rgba({', '.join(str(int(colour[k : k + 2], 16)) for k in (1, 3, 5))}, 0.13)",
         line={"width": 0},
         hoverinfo="skip",
         showlegend=False,
@@ -394,6 +412,7 @@ def _finish(figure: go.Figure, title: str, named: Mapping[str, xr.Dataset], capt
         title={"text": title, "x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 18}},
         title_subtitle={"text": _facts(named), "font": {"color": GREY}},
         font_family="Arial, Helvetica, sans-serif",  # the caption is wrapped for its width
+        modebar_remove=["sendChartToCloud", "select", "lasso"],  # a click on the first would upload the figure
         hovermode=figure.layout.hovermode or "x unified",
     )
     figure.update_yaxes(automargin=False, title_standoff=8, zeroline=False)
@@ -423,8 +442,8 @@ def _facts(named: Mapping[str, xr.Dataset]) -> str:
     """What was read, in a line under the title."""
     if len(named) == 1:
         name, data = next(iter(named.items()))
-        read = (data.attrs.get(key, "?") for key in ("tokens_seen", "sequences"))
-        return "{}: {} tokens in {} sequences".format(escape(_short(name), quote=False), *read)
+        tokens, sequences = (int(data.attrs.get(key, 0)) for key in ("tokens_seen", "sequences"))
+        return f"{escape(_short(name), quote=False)}: {tokens} tokens in {sequences} sequence{'s' * (sequences != 1)}"
     counts = sorted(int(data.attrs.get("tokens_seen", 0)) for data in named.values())
     return f"{len(named)} scans of {counts[0]}{'' if counts[0] == counts[-1] else f' to {counts[-1]}'} tokens"
 

@@ -40,7 +40,7 @@ def layer_frame(scan: xr.DataTree, group: str) -> pd.DataFrame:
     quantiles, histograms and single tokens stay in the scan.
     """
     data = group_of(scan, group)
-    columns: dict[str, pd.Series] = {}
+    columns: dict[str, Any] = {}
     for name in [*data.data_vars, *data.coords]:
         values, key = data[name], str(name)
         along = [dim for dim in values.dims if dim in ("layer", "block")]
@@ -48,7 +48,7 @@ def layer_frame(scan: xr.DataTree, group: str) -> pd.DataFrame:
         if len(along) != 1 or key == along[0] or len(further) > 1 or not set(further) <= _SPREAD:
             continue
         if not further:
-            columns[key] = values.to_series()
+            columns[key] = pd.Series(values.to_series())
             continue
         spread = values.transpose(along[0], further[0]).to_pandas()
         columns |= {f"{key}_{further[0]}_{value}": spread[value] for value in spread}
@@ -74,7 +74,7 @@ def later_norms(residual: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
     later = residual.sel(position=[bucket for bucket in residual["position"].values if bucket != "0"])
     count = later["norm_count"]
     total = count.sum("position")
-    logs = (np.log(later["norm_geometric"]) * count).sum("position")
+    logs = (np.log(later["norm_geometric"]) * count).sum(dim="position")
     histogram = later["norm_histogram"].sum("position").transpose("layer", "bin").values
     quantiles = histogram_quantile(torch.tensor(histogram), torch.tensor(residual["quantile"].values))
     coords = {"quantile": residual["quantile"], "layer": residual["layer"]}
