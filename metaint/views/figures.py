@@ -148,7 +148,7 @@ def plot_agreement(scans: Scans) -> go.Figure:
         ]
         _draw(figure, row, named, lines, explain=row == 1)
         _rule(figure, row, 0)
-    figure.update_yaxes(matches="y")
+        figure.update_yaxes(matches="y" if row > 1 else None, row=row, col=1)
     caption = (
         "How to read: mean cosine of what is added with the descent direction of the next token's loss there, 1 is a "
         "gradient step; only what stands above the same with another token's target tells of this token. Bands are "

@@ -74,11 +74,13 @@ def later_norms(residual: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
     later = residual.sel(position=[bucket for bucket in residual["position"].values if bucket != "0"])
     count = later["norm_count"]
     total = count.sum("position")
-    logs = (np.log(later["norm_geometric"]) * count).sum(dim="position")
+    logs = xr.DataArray(count * np.log(later["norm_geometric"])).sum("position")
     histogram = later["norm_histogram"].sum("position").transpose("layer", "bin").values
     quantiles = histogram_quantile(torch.tensor(histogram), torch.tensor(residual["quantile"].values))
     coords = {"quantile": residual["quantile"], "layer": residual["layer"]}
-    return np.exp(logs / total.where(total > 0)), xr.DataArray(quantiles.numpy(), coords, ("quantile", "layer"))
+    return xr.DataArray(np.exp(logs / total.where(total > 0))), xr.DataArray(
+        quantiles.numpy(), coords, ("quantile", "layer")
+    )
 
 
 class _Column(NamedTuple):
