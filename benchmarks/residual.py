@@ -6,10 +6,13 @@ On random models of GPT-2-small's shape, in one process and in turn. The naive w
 cache and asks autograd for the gradient of the loss at each of them, for the true and for a permuted target, with
 entropy, rank and divergence beside: once at every position, as a first notebook would, and once at the very
 positions that `InnerProbe` samples. Ratios are medians over the rounds of each round's ratio (lowest to highest).
+With `--memory` instead: the peak of the process above the plain forward pass, each variant in a process of its own.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +22,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, layer_norm
+
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def build(vocabulary: int) -> Any:
@@ -84,13 +90,54 @@ def report(title: str, times: dict[str, list[float]]) -> None:
         print(f"{name:36} {statistics.median(seconds):8.2f} s {statistics.median(ratios):8.2f} x forward {spread}")
 
 
+def peak(vocabulary: int, length: int, positions: int | None) -> float:
+    """Peak memory of this process in MiB while the model runs, with an InnerProbe of so many positions or without."""
+    import metaint
+
+    model = build(vocabulary)
+    tokens = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    probes = [] if positions is None else [metaint.InnerProbe(positions)]
+    for probe in probes:
+        probe.prepare(model)
+    CLEAR.write_text("5")  # Linux: forget the peak so far, which is that of building the model
+    for _ in range(2):
+        with torch.no_grad(), metaint.attach(model, *probes) if probes else torch.no_grad():
+            model(tokens, return_type=None)
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def report_memory(options: argparse.Namespace) -> None:
+    """A line for each vocabulary and number of positions, each measured in a process of its own."""
+    # glibc gives freed tensors back at once; else what it keeps for later is tens of MiB of noise.
+    surroundings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    for vocabulary in options.vocabularies:
+        base = None
+        for count in [0, *options.positions]:
+            command = [sys.executable, __file__, "--peak", str(count), "--length", str(options.length)]
+            command += ["--vocabularies", str(vocabulary)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=surroundings)
+            found = float(done.stdout.splitlines()[-1])
+            base = found if base is None else base
+            what = f"InnerProbe, {count} positions" if count else "forward"
+            print(f"vocabulary of {vocabulary:6}: {what:26} peak {found:7.0f} MiB, {found - base:5.0f} above forward")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--positions", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 50257, 128256])
+    parser.add_argument("--memory", action="store_true", help="peak memory, not time")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peak is not None:
+        print(peak(options.vocabularies[0], options.length, options.peak or None))
+        return
+    if options.memory:
+        report_memory(options)
+        return
     import metaint
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.length} tokens")
