@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from metaint.measures.measure import kind, statistic
     from metaint.models.audit import audit
     from metaint.models.open import open_model
+    from metaint.models.parameters import scaled
     from metaint.probes.heads import HeadProbe
     from metaint.probes.inner import InnerProbe
     from metaint.probes.probe import Probe
     from metaint.probes.residual import ResidualProbe
+    from metaint.probes.saturation import SaturationProbe
     from metaint.scanning import attach, read_cache, scan
     from metaint.store import load, save
 
@@ -46,10 +48,12 @@ _HOMES = {
     "metaint.measures.measure": ("kind", "statistic"),
     "metaint.models.audit": ("audit",),
     "metaint.models.open": ("open_model",),
+    "metaint.models.parameters": ("scaled",),
     "metaint.probes.heads": ("HeadProbe",),
     "metaint.probes.inner": ("InnerProbe",),
     "metaint.probes.probe": ("Probe",),
     "metaint.probes.residual": ("ResidualProbe",),
+    "metaint.probes.saturation": ("SaturationProbe",),
     "metaint.scanning": ("attach", "read_cache", "scan"),
     "metaint.store": ("load", "save"),
 }  # fmt: skip

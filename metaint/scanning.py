@@ -28,6 +28,8 @@ def attach(model: Any, *probes: Probe) -> Iterator[Any]:
     """
     if not probes:
         raise InputError("attach got no probe: pass one, such as metaint.HeadProbe().")
+    for probe in probes:  # before anything watches: the audit runs passes of its own
+        probe.prepare(model)
     with watching(model) as watch:
         hooks = [hook for probe in probes for hook in probe.hooks(model, watch)]
         with model.hooks(fwd_hooks=hooks):
@@ -48,8 +50,9 @@ def scan(
     """Scan a model in evaluation mode: one forward pass for each batch feeds every probe.
 
     `tokens` is a batch of token ids, a text, or None for 10 sequences of 50 random tokens repeated twice (see
-    `metaint.tasks`); `probes` defaults to `[HeadProbe()]`; `attributes` are recorded at the root of the scan. Returns a
-    `DataTree` with one group for each probe. Raises InputError for tokens that the model can't take, HookAuditError
+    `metaint.tasks`); `probes` defaults to `[HeadProbe()]`; `attributes` are recorded at the root of the scan. With a
+    `SaturationProbe` each sequence takes the place of several of the `batch_size` in a pass. Returns a `DataTree` with
+    one group for each probe. Raises InputError for tokens that the model can't take, HookAuditError
     for a model whose hooks are not what a probe needs.
     """
     probes = [HeadProbe()] if probes is None else list(probes)
@@ -61,12 +64,15 @@ def scan(
     tokens, mask = check_tokens(model, tokens, attention_mask)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
-    starts = range(0, len(tokens), batch_size)
+    copies = max((probe.copies for probe in probes), default=1)
+    size = max(1, batch_size // copies)
+    starts = range(0, len(tokens), size)
+    wanted = "logits" if any(probe.reads_logits for probe in probes) else None
     with steady(model), attach(model, *probes):
         for start in tqdm(starts, desc="scan", disable=not progress, leave=False):
-            rows = slice(start, start + batch_size)
-            padding = {} if mask is None else {"attention_mask": mask[rows]}
-            model(tokens[rows], return_type=None, **padding)
+            rows = slice(start, start + size)
+            padding = {} if mask is None else {"attention_mask": mask[rows].repeat(copies, 1)}
+            model(tokens[rows].repeat(copies, 1), return_type=wanted, **padding)
     bos = starts_with_bos(model, tokens, mask)
     return assemble(probes, {"seed": seed, "bos": int(bos), "tokens_shape": list(tokens.shape), **facts})
 

@@ -16,6 +16,7 @@ with install_import_hook(["metaint.measures"], "beartype.beartype"):
     import metaint.measures.norms
     import metaint.measures.positions
     import metaint.measures.resampling
+    import metaint.measures.saturation
 
 import metaint
 from metaint.tasks import repeated_tokens

@@ -41,6 +41,7 @@ class _Check(NamedTuple):
 
 _ATTENTION = {
     "pattern_fires": _Check("hook_pattern fires as [batch, head, query, key]", invariants.pattern_fires, "fails"),
+    "pattern_order": _Check("hook_pattern fires before hook_z, which is made of it", invariants.pattern_order),
     "pattern_rows": _Check("each row of the pattern sums to one", invariants.pattern_rows),
     "pattern_causal": _Check("no query has weight on a later key", invariants.pattern_causal),
     "pattern_from_scores": _Check("softmax(q·k) gives the pattern", invariants.pattern_from_scores),

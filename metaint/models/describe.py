@@ -23,18 +23,23 @@ class Shape:
 
 def shape_of(model: Any) -> Shape:
     """The shape of any model with a TransformerLens `cfg`."""
-    cfg = model.cfg
-    causal = getattr(cfg, "attention_dir", "causal") != "bidirectional"
-    if "Bert" in str(getattr(cfg, "architecture", "")):  # the bridge of TransformerLens 3.9 calls BERT causal
-        causal = False
+    cfg, causal = model.cfg, is_causal(model)
     return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model), int(cfg.d_model), sublayers_of(model))
+
+
+def is_causal(model: Any) -> bool:
+    """Whether queries see earlier keys alone; the bridge of TransformerLens 3.9 calls BERT causal, which it is not."""
+    cfg = model.cfg
+    bert = "Bert" in str(getattr(cfg, "architecture", ""))
+    return not bert and getattr(cfg, "attention_dir", "causal") != "bidirectional"
 
 
 def windows_of(model: Any) -> tuple[int, ...]:
     """The sliding window of each layer, 0 for none: from the Hugging Face config, or from TransformerLens's own."""
     cfg = model.cfg
     config = getattr(getattr(model, "original_model", None), "config", None)
-    kinds = getattr(config, "layer_types", None) or getattr(cfg, "attn_types", None) or []
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = kinds or getattr(cfg, "attn_types", None) or []
     size = getattr(config, "sliding_window", None) or getattr(cfg, "window_size", None) or 0
     local = [kind in ("sliding_attention", "local") for kind in kinds] or [False] * cfg.n_layers
     return tuple(int(size) if here else 0 for here in local[: cfg.n_layers])

@@ -1,6 +1,6 @@
 """What a model is being fed: token ids, padding and cache, learnt from the owner's own forward passes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -22,11 +22,15 @@ class Inputs(NamedTuple):
 class InputWatch:
     """Follows forward passes: what came in, and what earlier passes left in a key-value cache.
 
-    `passes` grows by one with each forward pass, so that a reader knows when a new one began.
+    `passes` grows by one with each forward pass, so that a reader knows when a new one began. Where a probe changes
+    what it compares, the batch is stacked `copies` times: the first is as the owner has it and the one that `resolve`
+    tells of. `readers` are called with the logits of each pass.
     """
 
     def __init__(self) -> None:
         self.passes = 0
+        self.copies = 1
+        self.readers: list[Callable[[Tensor], None]] = []
         self._new: Tensor | None = None
         self._mask: Tensor | None = None
         self._past: int | None = None
@@ -36,13 +40,34 @@ class InputWatch:
     def begin(self, tokens: Tensor | None, mask: Tensor | None = None, past: int | None = None) -> None:
         """A forward pass starts with these new tokens (None: embeddings, which have no ids)."""
         self.passes += 1
-        self._new = tokens if tokens is None or tokens.ndim == 2 else tokens.unsqueeze(0)
-        self._mask, self._past = mask, past
+        new = tokens if tokens is None or tokens.ndim == 2 else tokens.unsqueeze(0)
+        self._new = None if new is None else self._first_copy(new)
+        self._mask, self._past = None if mask is None else self._first_copy(mask), past
         self._previous, self._resolved = self._resolved, None
+
+    def stack(self, copies: int) -> None:
+        """Expect each batch this many times over; InputError if another number was asked for before."""
+        if self.copies not in (1, copies):
+            raise InputError(
+                f"probes want the batch {self.copies} and {copies} times over: use one of them, or scan twice."
+            )
+        self.copies = copies
+
+    def _first_copy(self, values: Tensor) -> Tensor:
+        if self.copies == 1:
+            return values
+        batch = len(values) // self.copies
+        first = values[:batch]
+        if batch == 0 or not torch.equal(first.repeat(self.copies, *[1] * (values.ndim - 1)), values):
+            raise InputError(
+                f"the batch of {len(values)} sequences is not {self.copies} copies of one: a SaturationProbe compares "
+                "copies, so feed the model probe.stacked(tokens), with the mask stacked alike."
+            )
+        return first
 
     def note(self, mask: Tensor | None, past: int | None) -> None:
         """Add what is learnt after the embedding: the padding mask and the length of the cache."""
-        self._mask = mask if mask is not None else self._mask
+        self._mask = self._first_copy(mask) if mask is not None else self._mask
         self._past = past if past is not None else self._past
 
     def resolve(self, batch: int, queries: int, keys: int | None, device: torch.device) -> Inputs:
@@ -98,7 +123,7 @@ def watching(model: Any) -> Iterator[InputWatch]:
     """Watch a model's forward passes through pre-hooks on its modules, and take them off again.
 
     The token ids come from the embedding, padding and cache from the wrapped Hugging Face model or, where there is
-    none (`HookedTransformer`), from the first block.
+    none (`HookedTransformer`), from the first block; logits are what either makes of its last stream.
     """
     watch = InputWatch()
     outer: dict[str, Any] = {}
@@ -116,17 +141,26 @@ def watching(model: Any) -> Iterator[InputWatch]:
         entry = kwargs.get("past_kv_cache_entry")
         watch.note(kwargs.get("attention_mask"), entry.past_keys.shape[1] if entry is not None else None)
 
+    cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
+
+    def on_output(module: Any, _: Any, output: Any) -> None:
+        logits = getattr(output, "logits", output)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        for reader in watch.readers:
+            # HookedTransformer caps what its unembedding gives, the wrapped models cap their own.
+            reader(cap * torch.tanh(logits / cap) if cap > 0 and module is not wrapped else logits)
+
+    wrapped = getattr(model, "original_model", None)
     with ExitStack() as stack:
-        wrapped = getattr(model, "original_model", None)
         if wrapped is not None:
-            handle = wrapped.register_forward_pre_hook(on_model, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(wrapped.register_forward_pre_hook(on_model, with_kwargs=True).remove)
         elif hasattr(model, "blocks"):
-            handle = model.blocks[0].register_forward_pre_hook(on_block, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(model.blocks[0].register_forward_pre_hook(on_block, with_kwargs=True).remove)
         if hasattr(model, "embed"):
-            handle = model.embed.register_forward_pre_hook(on_embed, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(model.embed.register_forward_pre_hook(on_embed, with_kwargs=True).remove)
+        last = wrapped if wrapped is not None else getattr(model, "unembed", None)
+        if last is not None:
+            stack.callback(last.register_forward_hook(on_output).remove)
         yield watch
 
 

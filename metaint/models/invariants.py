@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaint.models.describe import is_causal
 from metaint.models.reading import Reading, Unavailable, widen
 from metaint.models.readout import final_norm_of, readout_of, setting
 
@@ -30,16 +31,9 @@ class Trial(NamedTuple):
     model: Any
     reading: Reading
 
-    def setting(self, name: str) -> Any:
-        """A setting of the model, or None."""
-        return setting(self.model, name)
-
     @property
     def layers(self) -> range:
         return range(int(self.model.cfg.n_layers))
-
-    def causal(self) -> bool:
-        return getattr(self.model.cfg, "attention_dir", "causal") == "causal"
 
 
 def pattern_hook(layer: int) -> str:
@@ -55,6 +49,16 @@ def pattern_fires(trial: Trial) -> Iterator[Pair]:
         yield Pair(pattern_hook(layer), torch.tensor(shape), expected)
 
 
+def pattern_order(trial: Trial) -> Iterator[Pair]:
+    """Whether the pattern is there when hook_z fires; BERT's bridge tells of it afterwards."""
+    for layer in trial.layers:
+        z = f"blocks.{layer}.attn.hook_z"
+        if z not in trial.reading:
+            raise Unavailable(f"the hook {z} never fired", z)
+        early = trial.reading.before(pattern_hook(layer), z)
+        yield Pair(z, torch.tensor(float(early)), torch.tensor(1.0))
+
+
 def pattern_rows(trial: Trial) -> Iterator[Pair]:
     for layer in trial.layers:
         rows = trial.reading[pattern_hook(layer)].sum(-1)
@@ -62,8 +66,8 @@ def pattern_rows(trial: Trial) -> Iterator[Pair]:
 
 
 def pattern_causal(trial: Trial) -> Iterator[Pair]:
-    if not trial.causal():
-        raise Unavailable("queries may attend to later keys, since cfg.attention_dir is not causal")
+    if not is_causal(trial.model):
+        raise Unavailable("queries may attend to later keys, since the model is bidirectional")
     for layer in trial.layers:
         later = trial.reading[pattern_hook(layer)].triu(1)
         yield Pair(pattern_hook(layer), later, torch.zeros_like(later), magnitude=1.0)
@@ -71,47 +75,66 @@ def pattern_causal(trial: Trial) -> Iterator[Pair]:
 
 def pattern_from_scores(trial: Trial) -> Iterator[Pair]:
     """softmax(q·k) against the pattern. Errors of a softmax scale with the scores, hence the magnitude."""
-    positions = str(getattr(trial.model.cfg, "positional_embedding_type", "standard"))
-    if positions in ("alibi", "relative_positional_bias"):
-        raise Unavailable(f"positions enter the scores as a bias ({positions}) that no hook carries")
+    rotated = any(name.endswith("hook_rot_q") for name in trial.reading.activations)
+    names = score_hooks(trial.model, rotated)
     for layer in trial.layers:
-        rotated = positions == "rotary" or f"blocks.{layer}.attn.hook_rot_q" in trial.reading
-        names = ("hook_rot_q", "hook_rot_k") if rotated else ("hook_q", "hook_k")
         query, key = (trial.reading[f"blocks.{layer}.attn.{name}"] for name in names)
-        scores = torch.einsum("bqhd,bkhd->bhqk", query, repeat_heads(key, query.shape[2], 2))
-        scores = scores / _score_scale(trial, layer)
-        cap = trial.setting("attn_scores_soft_cap") or 0.0
-        scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
-        expected = scores.masked_fill(_hidden_keys(trial, layer, scores), -math.inf).softmax(-1)
+        scores = scores_of(trial.model, layer, query, key)
+        expected = scores.masked_fill(_hidden_keys(trial.model, layer, scores), -math.inf).softmax(-1)
         pattern = trial.reading[pattern_hook(layer)]
         yield Pair(pattern_hook(layer), pattern, expected, magnitude=max(1.0, float(scores.abs().max())))
 
 
-def _score_scale(trial: Trial, layer: int) -> float:
+def score_hooks(model: Any, rotated: bool | None = None) -> tuple[str, str]:
+    """The hooks that hold queries and keys as they enter the scores; raises Unavailable where a bias is added."""
+    positions = str(getattr(model.cfg, "positional_embedding_type", "standard"))
+    if positions in ("alibi", "relative_positional_bias"):
+        raise Unavailable(f"positions enter the scores as a bias ({positions}) that no hook carries")
+    rotated = "blocks.0.attn.hook_rot_q" in model.hook_dict if rotated is None else rotated
+    return ("hook_rot_q", "hook_rot_k") if positions == "rotary" or rotated else ("hook_q", "hook_k")
+
+
+def scores_of(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
+    """Scores [batch, head, query, key] of every pair, from queries and keys [batch, position, head, d_head]."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, repeat_heads(key, query.shape[2], 2)) / _score_scale(model, layer)
+    cap = setting(model, "attn_scores_soft_cap") or 0.0
+    return cap * torch.tanh(scores / cap) if cap > 0 else scores
+
+
+def pattern_of(model: Any, layer: int, query: Tensor, key: Tensor, real: Tensor | None = None) -> Tensor:
+    """The pattern that queries and keys make; `real[batch, key]` is False where a key is padding."""
+    scores = scores_of(model, layer, query, key)
+    hidden = _hidden_keys(model, layer, scores)
+    hidden = hidden if real is None else hidden | ~real[:, None, None]
+    return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # NaN where all is hidden
+
+
+def _score_scale(model: Any, layer: int) -> float:
     """What the scores are divided by: as configured, with -1 for the square root of the head's width."""
-    cfg = trial.model.cfg
-    if not getattr(cfg, "use_attn_scale", True):
+    cfg = model.cfg
+    # GPT-Neo divides by nothing, which its bridge does not say.
+    if not getattr(cfg, "use_attn_scale", True) or "GPTNeoFor" in str(getattr(cfg, "architecture", "")):
         scale = 1.0
     elif (getattr(cfg, "attn_scale", None) or -1.0) > 0:
         scale = float(cfg.attn_scale)
-    elif scalar := trial.setting("query_pre_attn_scalar"):
+    elif scalar := setting(model, "query_pre_attn_scalar"):
         scale = math.sqrt(scalar)
-    elif multiplier := trial.setting("attention_multiplier"):
+    elif multiplier := setting(model, "attention_multiplier"):
         scale = 1.0 / float(multiplier)
     else:
         scale = math.sqrt(cfg.d_head)
-    return scale * (layer + 1) if trial.setting("scale_attn_by_inverse_layer_idx") else scale
+    return scale * (layer + 1) if setting(model, "scale_attn_by_inverse_layer_idx") else scale
 
 
-def _hidden_keys(trial: Trial, layer: int, scores: Tensor) -> Tensor:
+def _hidden_keys(model: Any, layer: int, scores: Tensor) -> Tensor:
     """True where a query may not see a key [query, key]: later keys, and those before a sliding window."""
     query = torch.arange(scores.shape[-2], device=scores.device).unsqueeze(1)
     key = torch.arange(scores.shape[-1], device=scores.device)
-    hidden = key > query if trial.causal() else torch.zeros_like(key > query)
-    types = trial.setting("attn_types") or trial.setting("layer_types")
+    hidden = key > query if is_causal(model) else torch.zeros_like(key > query)
+    types = next((t for name in ("attn_types", "layer_types", "attention_layers") if (t := setting(model, name))), None)
     local = str(types[layer]) in ("local", "sliding_attention") if types else True
-    window = trial.setting("window_size") or trial.setting("sliding_window")
-    if window and local and trial.setting("use_sliding_window") is not False:
+    window = setting(model, "window_size") or setting(model, "sliding_window")
+    if window and local and setting(model, "use_sliding_window") is not False:
         hidden = hidden | (key <= query - int(window))
     return hidden
 

@@ -30,6 +30,9 @@ class Probe(Metric):
     full_state_update = False
     group: str = ""
     audits: Sequence[str] = ()
+    # How often the batch is to be stacked for this probe, which changes all copies but the first.
+    copies: int = 1
+    reads_logits: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class Probe(Metric):
     def _reader(self, name: str, watch: InputWatch) -> Callable[..., None]:
         def hook(activation: Tensor, hook: Any) -> None:
             with quietly(activation.device.type):
-                self.read(name, activation.detach(), watch)
+                self.read(name, activation.detach()[: len(activation) // watch.copies], watch)
 
         return hook
 

@@ -1,0 +1,157 @@
+"""The parameters a model computes with: each once, by a readable name, and the part of the model it belongs to.
+
+In: a model. Out: `own_parameters`, `part_of`, and `scaled`, which multiplies parameters for a while. Bridges keep the
+fused projections they were split from (`qkv` beside q, k, v), in GPT-2 as the same memory, in GPT-NeoX as a stale copy.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metaint.errors import InputError
+from metaint.models.describe import weight_processing
+
+Select = Literal["all", "attention"] | Callable[[str, Tensor], bool]
+
+# The projections that a fused one was split into; where those exist, the fused one is not computed with.
+_FUSED = {"qkv": "q", "gate_up": "gate"}
+_NORM = re.compile(r"norm|^ln|_ln$|^layernorm", re.IGNORECASE)
+_ATTENTION = re.compile(r"^(attn|self_attn|attention|self_attention|self)$")
+# Queries and keys, by the names of TransformerLens and of Hugging Face, and the norms that some models put on them.
+_QUERY_KEY = re.compile(r"^(q|k|q_proj|k_proj|query|key|q_norm|k_norm|W_Q|W_K|_W_K|b_Q|b_K|_b_K)$")
+
+
+class Part(NamedTuple):
+    """Where a parameter belongs: its layer (None outside the blocks), and the kind of part."""
+
+    layer: int | None
+    kind: Literal["attention", "mlp", "norm", "embedding", "unembedding"]
+
+
+def own_parameters(model: Any) -> dict[str, Tensor]:
+    """The parameters that the model computes with, by name: tied ones once, stale fused projections not at all."""
+    named = dict(nn.Module.named_parameters(model))
+    wrapped = getattr(model, "original_model", None)  # which a bridge keeps outside its own modules
+    if isinstance(wrapped, nn.Module):
+        known = {id(parameter) for parameter in named.values()}
+        named.update({n: p for n, p in wrapped.named_parameters() if id(p) not in known})
+    readable = {name.replace("_original_component.", ""): parameter for name, parameter in named.items()}
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, parameter in readable.items():
+        place = (parameter.data_ptr(), parameter.shape, parameter.stride())
+        if place in seen or _is_stale(name, readable):
+            continue
+        seen.add(place)
+        found[name] = parameter
+    return found
+
+
+def _is_stale(name: str, names: dict[str, Any]) -> bool:
+    path = name.split(".")
+    for i, piece in enumerate(path):
+        if piece in _FUSED:
+            sibling = ".".join([*path[:i], _FUSED[piece], ""])
+            return any(other.startswith(sibling) for other in names)
+    return False
+
+
+def part_of(name: str) -> Part:
+    """The part that a parameter of this name belongs to."""
+    path = name.split(".")
+    layer = next((int(after) for piece, after in pairwise(path) if piece == "blocks"), None)
+    if any(_NORM.search(piece) for piece in path[:-1]):
+        return Part(layer, "norm")
+    if layer is None:
+        unembedding = any("unembed" in piece or piece in ("mlm_head", "lm_head") for piece in path)
+        return Part(None, "unembedding" if unembedding else "embedding")
+    inside = path[path.index("blocks") + 2 :]
+    return Part(layer, "attention" if any(_ATTENTION.match(piece) for piece in inside) else "mlp")
+
+
+def chosen(model: Any, select: Select = "all", *, allow_folded: bool = False) -> dict[str, Tensor]:
+    """The parameters that `select` names: "all", "attention" (what makes queries and keys), or a function of name and
+    parameter. InputError where there are none, or where they can't be scaled to any purpose."""
+    named = own_parameters(model)
+    if select == "all":
+        if weight_processing(model) == "folded" and not allow_folded:
+            raise InputError(
+                "model has its norms folded into its weights, and scaling those scales other parameters than it was "
+                "trained with: open it with raw weights, or pass allow_folded=True."
+            )
+        found = named
+    elif select == "attention":
+        found = {n: p for n, p in named.items() if any(_QUERY_KEY.match(piece) for piece in n.split("."))}
+    elif callable(select):
+        found = {name: parameter for name, parameter in named.items() if select(name, parameter)}
+    else:
+        raise InputError(f'select is {select!r}: choose "all", "attention", or a function of name and parameter.')
+    if not found:
+        raise InputError(f"select chose none of the model's {len(named)} parameters, such as {next(iter(named), '')}.")
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    quantised = next((name for name, parameter in found.items() if not parameter.is_floating_point()), None)
+    if quantised or getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"model has quantised weights ({quantised or 'by its configuration'}), which can't be scaled: open it in "
+            "float32 or float64."
+        )
+    return found
+
+
+@contextmanager
+def scaled(model: Any, c: float, select: Select = "all", *, allow_folded: bool = False) -> Iterator[Any]:
+    """Multiply parameters by `c` inside the block; afterwards, also after an exception, they are bit for bit as before.
+
+    `select` is "all" (every parameter, as Merrill et al. 2021 do), "attention" (what makes queries and keys, so that
+    scores grow as c²: weights, biases, and the gains of norms on queries and keys), or a function of a parameter's name
+    and the parameter. Tied weights are multiplied once. Gemma's norms, whose gain is 1 + w, get c (1 + w). Rotary
+    tables, ALiBi slopes and soft caps are no parameters and stay. Yields the model.
+
+    By a power of two, parameters are multiplied and divided in place, which loses nothing; any tensor that would lose
+    something (and all of them, for another `c`) is kept until the end, so at most what is scaled exists twice. Don't
+    train inside the block. Raises InputError for a `c` that is not a finite number above 0, for an empty selection,
+    for quantised weights and, with "all", for folded ones.
+    """
+    if not 0 < c < float("inf"):
+        raise InputError(f"c is {c}: it must be a finite number above 0.")
+    parameters = chosen(model, select, allow_folded=allow_folded)
+    offset = bool(getattr(model.cfg, "rmsnorm_uses_offset", False))
+    undo: list[tuple[Tensor, Tensor | None]] = []
+    try:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                shift = 1.0 if offset and part_of(name).kind == "norm" else 0.0
+                if not shift and _is_lossless(parameter, c):
+                    parameter.mul_(c)
+                    undo.append((parameter, None))
+                else:
+                    undo.append((parameter, parameter.detach().clone()))
+                    parameter.add_(shift).mul_(c).sub_(shift)
+        yield model
+    finally:
+        with torch.no_grad():
+            for parameter, original in undo:
+                if original is not None:
+                    parameter.copy_(original)
+                else:
+                    parameter.mul_(1 / c)
+
+
+def _is_lossless(parameter: Tensor, c: float) -> bool:
+    """Whether multiplying by c and by 1/c gives the same bits: c a power of two, and nothing over- or underflows."""
+    if torch.tensor(c, dtype=torch.float64).frexp().mantissa != 0.5:
+        return False
+    with torch.no_grad():
+        magnitude = parameter.detach().abs()
+        smallest = torch.where(magnitude > 0, magnitude, torch.inf).min().item() if magnitude.numel() else 1.0
+        limits = torch.finfo(parameter.dtype)
+        return (
+            bool(magnitude.isfinite().all())
+            and magnitude.max().item() * c <= limits.max
+            and min(smallest, smallest * c) >= limits.tiny
+        )
