@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from metaint.probes.probe import Probe
     from metaint.probes.residual import ResidualProbe
     from metaint.probes.saturation import SaturationProbe
+    from metaint.probes.weights import WeightProbe
+    from metaint.saturating import saturate
     from metaint.scanning import attach, read_cache, scan
     from metaint.store import load, save
 
@@ -54,6 +56,8 @@ _HOMES = {
     "metaint.probes.probe": ("Probe",),
     "metaint.probes.residual": ("ResidualProbe",),
     "metaint.probes.saturation": ("SaturationProbe",),
+    "metaint.probes.weights": ("WeightProbe",),
+    "metaint.saturating": ("saturate",),
     "metaint.scanning": ("attach", "read_cache", "scan"),
     "metaint.store": ("load", "save"),
 }  # fmt: skip

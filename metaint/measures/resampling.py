@@ -28,7 +28,7 @@ def bootstrap_interval(
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=sums.dtype)
     low, high = [], []
     # A few thousand columns at a time: 80 x 64 heads with every measure would not fit at once.
-    for s, c in zip(sums.flatten(1).split(4096, 1), counts.flatten(1).split(4096, 1), strict=True):
+    for s, c in zip(*(part.reshape(len(part), -1).split(4096, 1) for part in (sums, counts)), strict=True):
         bounds = torch.nanquantile((weights @ s) / (weights @ c), tail, dim=0)
         low.append(bounds[0])
         high.append(bounds[1])

@@ -75,7 +75,9 @@ def powers(relative: Float[Tensor, "*rest key"], kappas: Iterable[float | int]) 
         yield relative
 
 
-def sharpened(pattern: Float[Tensor, "*rest key"], kappa: float | int, tau: float | int = TIE) -> Float[Tensor, "*rest key"]:
+def sharpened(
+    pattern: Float[Tensor, "*rest key"], kappa: float | int, tau: float | int = TIE
+) -> Float[Tensor, "*rest key"]:
     """softmax(kappa s) from softmax(s), with scores within `tau` of the largest taken as equal to it.
 
     kappa 0 is uniform over what has weight, infinity is `saturated`. Raises InputError for a kappa below 0.

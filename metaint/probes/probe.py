@@ -139,8 +139,14 @@ def assemble(probes: Sequence[Probe], attributes: Mapping[str, Any] | None = Non
     """A scan from probes: one group each, with the model's facts and further attributes at the root."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns of a probe that has read nothing yet
-        groups = {f"/{probe.group}": probe.to_dataset() for probe in probes}
+        groups = {probe.group: probe.to_dataset() for probe in probes}
+    return as_scan(groups, probes[0].facts if probes else {}, attributes)
+
+
+def as_scan(
+    groups: Mapping[str, xr.Dataset], facts: Mapping[str, Any], attributes: Mapping[str, Any] | None = None
+) -> xr.DataTree:
+    """A scan of these groups, with facts of the model, further attributes and versions at its root."""
     versions = {f"{name.replace('-', '_')}_version": version(name) for name in ("metaint", "transformer-lens", "torch")}
-    facts = probes[0].facts if probes else {}
     root = xr.Dataset(attrs={**facts, **versions, **(attributes or {})})
-    return xr.DataTree.from_dict({"/": root, **groups})
+    return xr.DataTree.from_dict({"/": root, **{f"/{name}": data for name, data in groups.items()}})

@@ -1,0 +1,262 @@
+"""`WeightProbe`: how long the parameters are, how the last step changed them, and what each head's weights can do,
+in `/weights`. It hooks nothing: the weights are read when a model is attached to, and no pass need follow.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
+
+from metaint.errors import InputError
+from metaint.measures import growth
+from metaint.models.audit import holds
+from metaint.models.describe import Shape, weight_processing
+from metaint.models.inputs import InputWatch
+from metaint.models.invariants import repeat_heads
+from metaint.models.parameters import own_parameters, part_of
+from metaint.probes.probe import Hook, Probe, quietly
+
+PARTS = ("attention", "mlp", "norm")
+# Places of parameters outside the blocks, after one for each part of each layer.
+_OUTSIDE = ("embedding", "unembedding", "final_norm")
+# What is kept for each place; the last three add up to what `growth` makes of a step.
+_COUNT, _SQUARE, _CHANGE = 0, 1, slice(2, 5)
+_HEADS = ("qk_norm", "ov_norm", "ov_copying", "full_ov_copying")
+_NULLS = tuple(f"{name}_null_{end}" for name in ("ov_copying", "full_ov_copying") for end in ("mean", "std"))
+_SCORES = (*_HEADS, *_NULLS)
+_AUDITS = {
+    "qk": ("weights_query", "weights_key"),
+    "ov": ("weights_value", "output_sum"),
+    "full": ("weights_value", "output_sum", "unembedding"),
+}
+_STEP = {"step_norm": growth.step_norm, "alignment": growth.alignment, "direction_cosine": growth.direction_cosine}
+
+Variables = dict[str, tuple[tuple[str, ...], Tensor]]
+
+
+class WeightProbe(Probe):
+    """Reads the parameters of a model with raw weights, each time it is attached to; the last reading counts.
+
+    So `metaint.attach` and `metaint.scan` read them as they are at that moment, `metaint.read_cache` not at all. With
+    `compare` each reading also tells how the parameters changed since the one before, which is kept on the CPU (a
+    copy of the model, which `reset` does not drop): NaN the first time, and to be read with the number of optimiser
+    steps in between. Parameters are those the model computes with, biases and gains included, tied ones once; a
+    `HookedTransformer` has an unembedding of its own, tied or not. Where the audit doesn't find per-head weights to be
+    what their names say, what is told of heads is NaN. Merge probes that read the same model.
+
+    Raises InputError for folded and for quantised weights, and with `compare` for a model with other parameters than
+    the one before. State: four sums a part of a layer, eight numbers a head, in float64.
+    """
+
+    group = "weights"
+
+    places: list[Float[Tensor, "reading slot place"]]
+    scores: list[Float[Tensor, "reading score layer head"]]
+
+    def __init__(self, compare: bool = False) -> None:
+        super().__init__()
+        self.compare = compare
+        for name in ("places", "scores"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self._previous: dict[str, Tensor] = {}
+        self._trusted: dict[str, bool] = {}
+
+    def hook_names(self, shape: Shape) -> list[str]:
+        return []
+
+    def prepare(self, model: Any) -> None:
+        parameters = own_parameters(model)
+        _require_raw(model, parameters)
+        super().prepare(model)
+        if self._previous:
+            _require_same(self._previous, parameters)
+        self._trusted = {name: all(holds(model, check) for check in checks) for name, checks in _AUDITS.items()}
+
+    def hooks(self, model: Any, watch: InputWatch) -> list[Hook]:
+        hooks = super().hooks(model, watch)
+        self.update(model)
+        return hooks
+
+    def update(self, model: Any) -> None:
+        """Read a model that `prepare` has seen."""
+        parameters = own_parameters(model)
+        with quietly(next(iter(parameters.values())).device.type):
+            scores = self._read_heads(model)
+            places = self._read_places(parameters)
+        # The last reading takes the place of earlier ones: a model read twice is still one model.
+        self.scores, self.places = [scores[None].to(self.device)], [places[None].to(self.device)]
+
+    def _read_places(self, parameters: dict[str, Tensor]) -> Float[Tensor, "slot place"]:
+        assert self.shape is not None
+        found = torch.zeros(5, len(PARTS) * self.shape.n_layers + len(_OUTSIDE), dtype=torch.float64)
+        for name, parameter in parameters.items():
+            place = _place_of(name, self.shape.n_layers)
+            # TransformerLens 3 gives a bridge a zero bias here where the model has none, also beside tied weights.
+            stand_in = name.endswith("unembed.bias") and not parameter.any()
+            found[_COUNT, place] += 0 if stand_in else parameter.numel()
+            found[_SQUARE, place] += growth.squared_norm(parameter).cpu()
+            if name in self._previous:
+                found[_CHANGE, place] += growth.change(self._previous[name], parameter).cpu()
+            else:
+                found[_CHANGE, place] = torch.nan
+        if self.compare:
+            for name, parameter in parameters.items():
+                self._previous[name] = parameter.detach().to("cpu", copy=True)
+        return found
+
+    def _read_heads(self, model: Any) -> Float[Tensor, "score layer head"]:
+        assert self.shape is not None
+        n_layers, n_heads = self.shape.n_layers, self.shape.n_heads
+        found = torch.full((len(_SCORES), n_layers, n_heads), torch.nan, dtype=torch.float64)
+        slots = dict(zip(_SCORES, found, strict=True))
+        if self._trusted["qk"]:
+            for layer, (query, key) in enumerate(_by_layer(model, "W_Q", "W_K", n_heads)):
+                slots["qk_norm"][layer] = growth.product_norm(query, key.mT)
+        if self._trusted["ov"]:
+            loop = _loop(model) if self._trusted["full"] else None
+            for layer, (value, output) in enumerate(_by_layer(model, "W_V", "W_O", n_heads)):
+                slots["ov_norm"][layer] = growth.product_norm(value, output)
+                slots["ov_copying"][layer] = growth.copying_score(value, output)
+                if loop is not None:
+                    slots["full_ov_copying"][layer] = growth.copying_score(value, output, loop)
+                if layer == 0:
+                    _fill_nulls(slots, value.shape[-2], value.shape[-1], loop)
+        return found
+
+    def compute(self) -> Variables:
+        """Every variable of `/weights` by name, with its dimensions."""
+        if len(self.places) == 0 or self.shape is None:
+            return {}
+        places, scores = _latest(self.places), _latest(self.scores)
+        missing = places[_COUNT] == 0
+        square, change = places[_SQUARE], places[_CHANGE].mT
+        inside = len(square) - len(_OUTSIDE)
+        norms = square.sqrt().masked_fill(missing, torch.nan)
+        found: Variables = {"parameter_norm": (("layer", "part"), norms[:inside].reshape(-1, len(PARTS)))}
+        for name, value in zip(_OUTSIDE, norms[inside:], strict=True):
+            found[f"{name}_norm"] = ((), value)
+        found["total_norm"] = ((), square.sum().sqrt())
+        found["total_norm_without_embeddings"] = ((), (square[:inside].sum() + square[-1]).sqrt())
+        found.update({name: (("layer", "head"), value) for name, value in zip(_SCORES, scores, strict=True)})
+        if self.compare:
+            for name, measure in _STEP.items():
+                value = measure(change).masked_fill(missing, torch.nan)
+                found[name] = (("layer", "part"), value[:inside].reshape(-1, len(PARTS)))
+                found[f"total_{name}"] = ((), measure(change.sum(0)))
+        return found
+
+    def to_dataset(self) -> xr.Dataset:
+        variables = self.compute()
+        if not variables or self.shape is None:
+            return xr.Dataset(attrs={"tokens_seen": 0, "sequences": 0})
+        coords: dict[str, Any] = {
+            "layer": range(self.shape.n_layers),
+            "part": list(PARTS),
+            "head": range(self.shape.n_heads),
+        }
+        # torchmetrics takes the dimensions off a single number, which a model of one layer and one head has.
+        data = xr.Dataset(
+            {k: (dims, v.numpy().reshape([len(coords[d]) for d in dims])) for k, (dims, v) in variables.items()}, coords
+        )
+        for name in data.data_vars:
+            data[name].attrs["description"] = DESCRIPTIONS[str(name)]
+        data.attrs.update(tokens_seen=0, sequences=0, parameters=int(_latest(self.places)[_COUNT].sum()))
+        return data
+
+
+def _require_raw(model: Any, parameters: dict[str, Tensor]) -> None:
+    if weight_processing(model) == "folded":
+        raise InputError(
+            "model has its norms folded into its weights, so that their norms are not those it was trained with: open "
+            "it with raw weights (a bridge before enable_compatibility_mode, or from_pretrained_no_processing)."
+        )
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    quantised = next((name for name, parameter in parameters.items() if not parameter.is_floating_point()), None)
+    if quantised or getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"model has quantised weights ({quantised or 'by its configuration'}), whose numbers are not the weights: "
+            "open it in float32, bfloat16 or float16."
+        )
+
+
+def _require_same(previous: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    for name in [*parameters, *previous]:
+        shapes = [list(named[name].shape) if name in named else "missing" for named in (previous, parameters)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"this WeightProbe compares with what it read before, where {name} is {shapes[0]}, and in this model "
+                f"it is {shapes[1]}: use a new probe."
+            )
+
+
+def _place_of(name: str, n_layers: int) -> int:
+    """Where a parameter is summed: the part of its layer, or one of the places outside the blocks."""
+    layer, kind = part_of(name)
+    if layer is not None:
+        return len(PARTS) * layer + PARTS.index(kind)
+    if kind == "norm":  # BERT and BLOOM have one on their embeddings
+        kind = "embedding" if any("embed" in piece for piece in name.split(".")) else "final_norm"
+    return len(PARTS) * n_layers + _OUTSIDE.index(kind)
+
+
+def _by_layer(model: Any, first: str, second: str, n_heads: int) -> Iterator[list[Tensor]]:
+    """Two weights [head, ...] of each layer; grouped key and value heads once for each query head."""
+    stacks = [getattr(model, first), getattr(model, second)]  # a bridge makes these anew at each call
+    for weights in zip(*stacks, strict=True):
+        yield [repeat_heads(weight.detach(), n_heads, 0) for weight in weights]
+
+
+def _loop(model: Any) -> Tensor | None:
+    """W_U W_E, or None where they don't fit together (embeddings narrower than the stream)."""
+    unembedding, embedding = model.W_U, getattr(model, "W_E", None)
+    if not isinstance(embedding, Tensor) or embedding.shape != unembedding.mT.shape:
+        return None
+    return growth.vocabulary_loop(unembedding.detach(), embedding.detach())
+
+
+def _fill_nulls(slots: dict[str, Tensor], d_model: int, d_head: int, loop: Tensor | None) -> None:
+    """The nulls of the copying scores, which are the same for all heads: they rest on sizes, and on W_U W_E."""
+    for name, between in (("ov_copying", None), ("full_ov_copying", loop)):
+        if name == "ov_copying" or between is not None:
+            mean, std = growth.copying_null(d_model, d_head, between)
+            slots[f"{name}_null_mean"][:], slots[f"{name}_null_std"][:] = mean, std
+
+
+def _latest(readings: list[Tensor] | Tensor) -> Tensor:
+    """The last reading; of merged ones, what it lacks (a step, if it was a first one) from the one before."""
+    rows = dim_zero_cat(readings).cpu()
+    found = rows[0]
+    for row in rows[1:]:
+        found = torch.where(row.isnan(), found, row)
+    return found
+
+
+_BETWEEN = "between this reading and the one before (NaN the first time)"
+_NAN = "(NaN where the audit doesn't find the weights to be what their names say)"
+DESCRIPTIONS = {
+    "parameter_norm": "length of all parameters of a part of a layer together; NaN for a part it doesn't have",
+    "embedding_norm": "length of the embeddings of tokens, positions and types, with a norm on them; tied weights here",
+    "unembedding_norm": "length of the parameters of the unembedding; NaN if it has none of its own, being tied",
+    "final_norm_norm": "length of the parameters of the final norm; NaN without one",
+    "total_norm": "length of all parameters, tied ones once",
+    "total_norm_without_embeddings": "length of all parameters but those of embedding and unembedding",
+    "qk_norm": f"Frobenius norm of W_Q W_K^T, without biases and rotation {_NAN}",
+    "ov_norm": f"Frobenius norm of W_V W_O {_NAN}",
+    "ov_copying": f"sum of the real parts over sum of the magnitudes of the eigenvalues of W_V W_O, -1 to 1 {_NAN}",
+    "full_ov_copying": "the same of W_E W_V W_O W_U: whether tokens raise their own logit; norms, their gains and the "
+    "MLPs left out (NaN also where W_U is not all there is between the final norm and the logits)",
+    "ov_copying_null_mean": "mean of ov_copying for Gaussian W_V and W_O of the same sizes (32 draws, all heads alike)",
+    "ov_copying_null_std": "standard deviation of ov_copying for Gaussian W_V and W_O of the same sizes",
+    "full_ov_copying_null_mean": "mean of full_ov_copying for Gaussian W_V and W_O with the model's own W_E and W_U",
+    "full_ov_copying_null_std": "standard deviation of full_ov_copying for Gaussian W_V and W_O",
+    "step_norm": f"length of the change of a part's parameters {_BETWEEN}",
+    "alignment": f"cosine of the parameters with their change {_BETWEEN}",
+    "direction_cosine": f"cosine of the parameters then and now, {_BETWEEN}",
+    "total_step_norm": f"length of the change of all parameters {_BETWEEN}",
+    "total_alignment": f"cosine of all parameters with their change {_BETWEEN}",
+    "total_direction_cosine": f"cosine of all parameters then and now, {_BETWEEN}",
+}
