@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, kl_div, layer_norm
 
-
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from metaint.probes.residual import ResidualProbe
     from metaint.probes.saturation import SaturationProbe
     from metaint.probes.weights import WeightProbe
+    from metaint.recording import Recorder, read_recording
     from metaint.saturating import saturate
     from metaint.scanning import attach, read_cache, scan
     from metaint.store import load, save
@@ -57,6 +58,7 @@ _HOMES = {
     "metaint.probes.residual": ("ResidualProbe",),
     "metaint.probes.saturation": ("SaturationProbe",),
     "metaint.probes.weights": ("WeightProbe",),
+    "metaint.recording": ("Recorder", "read_recording"),
     "metaint.saturating": ("saturate",),
     "metaint.scanning": ("attach", "read_cache", "scan"),
     "metaint.store": ("load", "save"),

@@ -1,18 +1,14 @@
 """Recording over training: a scan every so often along a `step` dimension, in a Zarr store that survives a kill.
 
 In: the loop's own calls, a `transformers.Trainer`, or a loop that can't be edited. Out: `read_recording(path)`.
-A record is first written behind the ends of the arrays, then the arrays are lengthened, and last of all `records` in
-the root's attributes goes up, by write aside and rename: whatever lies beyond that count was torn by a kill.
+How records lie in the store, and why a kill does them no harm, is in `records.py`.
 """
 
 import hashlib
 import json
 import math
 import operator
-import os
 import random
-import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -25,18 +21,16 @@ import torch
 import xarray as xr
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from xarray.backends import ZarrStore
 
-from metaint.errors import InputError, MetaintError, StoreError
+from metaint.errors import InputError, StoreError
 from metaint.models.describe import facts_of
 from metaint.models.tokens import check_tokens
 from metaint.probes.probe import Probe
+from metaint.records import append, create, groups_of, layout_of, root_of, trim, with_step, writing
 from metaint.scanning import default_tokens, scan
 
 # What must be the same to go on with a recording; the device and the versions may change.
 _SAME = ("model", "weights", "dtype", "n_layers", "n_heads", "attention", "seed", "tokens_sha256", "probes")
-# Many small records share a file, so that a long recording opens fast.
-_CHUNK_BYTES, _CHUNK_RECORDS = 2**16, 256
 
 
 class Recorder:
@@ -81,7 +75,7 @@ class Recorder:
         self.last: xr.DataTree | None = None
         self._steps: list[int] = []
         self._layout: dict[str, Any] = {}  # of every record
-        with _writing(self._path):  # told now rather than after hours of training
+        with writing(self._path):  # told now rather than after hours of training
             if self._path.exists():
                 self._open(resume, {**facts_of(model), "seed": seed, **facts})
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +108,7 @@ class Recorder:
         with _undisturbed(self._model):
             found = self._scan()
         groups = {name: group.to_dataset() for name, group in found.children.items()} | {"training": training}
-        self._write({name: _with_step(data, step) for name, data in groups.items()}, found.attrs)
+        self._write({name: with_step(data, step) for name, data in groups.items()}, found.attrs)
         self._steps.append(step)
         self.last = found
         return found
@@ -187,23 +181,23 @@ class Recorder:
         """Go on with the store at `path`: drop what a kill left of a torn record, and learn how records look."""
         if not resume:
             raise StoreError(f"{self._path} exists: give another path, or resume=True to go on with a recording there.")
-        there = _root(self._path)["attributes"]
+        there = root_of(self._path)["attributes"]
         for name in _SAME:
             if there.get(name) != here[name]:
                 raise InputError(
                     f"path is {self._path}, a recording with {name} {there.get(name)!r}, and this recorder has "
                     f"{here[name]!r}: resume with the same model, tokens and probes, or give another path."
                 )
-        groups = _groups(self._path, there["records"])
-        self._layout, self._steps = _layout_of(groups), groups["training"]["step"].values.tolist()
-        _trim(self._path, len(self._steps))
+        groups = groups_of(self._path, there["records"])
+        self._layout, self._steps = layout_of(groups), groups["training"]["step"].values.tolist()
+        trim(self._path, len(self._steps))
 
     def _write(self, groups: dict[str, xr.Dataset], attributes: Mapping[Any, Any]) -> None:
         """Add a record to the store, which the first one makes; what fails halfway is undone."""
-        layout = _layout_of(groups)
-        with _writing(self._path):
+        layout = layout_of(groups)
+        with writing(self._path):
             if not self._layout:
-                _create(self._path, groups, attributes)
+                create(self._path, groups, attributes)
                 self._layout = layout
                 return
             for name in {**self._layout, **layout}:
@@ -213,10 +207,10 @@ class Recorder:
                         "go on with the same model, tokens and probes, or give another path."
                     )
             try:
-                _append(self._path, groups, len(self._steps))
+                append(self._path, groups, len(self._steps))
             except BaseException:
                 with suppress(Exception):  # so that metaint.load finds it whole again too
-                    _trim(self._path, len(self._steps))
+                    trim(self._path, len(self._steps))
                 raise
 
 
@@ -226,8 +220,8 @@ def read_recording(path: str | Path) -> xr.DataTree:
     Coordinates that never changed have no `step`, as after `xarray.concat`. Raises StoreError if the path is missing,
     not a recording, or damaged.
     """
-    attributes = _root(Path(path))["attributes"]
-    groups = _groups(Path(path), attributes["records"])
+    attributes = root_of(Path(path))["attributes"]
+    groups = groups_of(Path(path), attributes["records"])
     for name, data in groups.items():
         first = data.isel(step=0, drop=True).variables
         still = [n for n in first if n in data.coords and first[n].broadcast_equals(data.variables[n])]
@@ -286,165 +280,3 @@ def _undisturbed(model: Any) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-# The store. Nothing below knows of models or probes.
-
-
-def _with_step(data: xr.Dataset, step: int) -> xr.Dataset:
-    """`step` before the dimensions of every number; labels and texts stay as they are, and must never change."""
-    moving = [n for n, v in data.variables.items() if n not in data.dims and v.dtype.kind in "biufc"]
-    variables = {n: v.expand_dims("step") if n in moving else v for n, v in data.variables.items()}
-    coords = {n: variables[n] for n in data.coords} | {"step": ("step", [step])}
-    return xr.Dataset({n: variables[n] for n in data.data_vars}, coords, data.attrs)
-
-
-def _moves(variable: xr.Variable) -> bool:
-    return variable.dims[:1] == ("step",)
-
-
-def _layout_of(groups: Mapping[str, xr.Dataset]) -> dict[str, Any]:
-    """What all records share: the dimensions, sizes and type of what moves, and what doesn't move. Scalars may vary."""
-    found = {
-        f"/{group}/{n}": v for group, data in groups.items() for n, v in data.variables.items() if group != "training"
-    }
-    return {n: str((v.dims, v.shape[1:], v.dtype.str) if _moves(v) else v.values.tolist()) for n, v in found.items()}
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except MetaintError:
-        raise
-    except (OSError, ValueError, KeyError) as error:  # the last two are of a store that was damaged meanwhile
-        why = getattr(error, "strerror", None) or error
-        raise StoreError(f"the recording can't be written to {path} ({why}): the records before are intact.") from error
-
-
-def _create(path: Path, groups: Mapping[str, xr.Dataset], attributes: Mapping[Any, Any]) -> None:
-    """A store with one record, made aside: the arrays are xarray's, with no rows yet and as plain bytes."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    empty = {f"/{name}": data.isel(step=slice(0)) for name, data in groups.items()}
-    encoding: dict[str, Any] = {name: {} for name in empty}
-    for group, data in empty.items():
-        for name, v in data.variables.items():
-            if _moves(v):
-                row = [max(1, size) for size in v.shape[1:]]
-                length = max(1, min(_CHUNK_RECORDS, _CHUNK_BYTES // (math.prod(row) * v.dtype.itemsize)))
-                encoding[group][name] = {"chunks": (length, *row), "compressors": None}
-    tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs={**attributes, "records": 0}), **empty})
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Zarr 3 warns that fixed-length texts are not yet in its standard
-            tree.to_zarr(aside, mode="w", consolidated=False, encoding=encoding, zarr_format=3)
-        _append(aside, groups, 0)
-        aside.rename(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _append(path: Path, groups: Mapping[str, xr.Dataset], count: int) -> None:
-    """Write record number `count`: nothing of an earlier record is written again, so that no kill can harm it."""
-    rows = {
-        path / g / str(n): v.values[0] for g, data in groups.items() for n, v in data.variables.items() if _moves(v)
-    }
-    scalars = {file.parent: np.float64("nan") for file in (path / "training").glob("*/zarr.json")}
-    for folder in rows.keys() - scalars.keys():
-        if folder.parent.name == "training":
-            _add_scalar(folder, path.with_name(f".{path.name}.scalar"))
-    rows = {**scalars, **rows}
-    for folder, row in rows.items():
-        _write_row(folder, np.asarray(row), count)
-    for folder in rows:
-        _lengthen(folder, count + 1)
-    _commit(path, count + 1)
-
-
-def _add_scalar(folder: Path, aside: Path) -> None:
-    """A scalar that was not given so far: as long as the steps and without a chunk, which reads as NaN."""
-    steps = json.loads((folder.with_name("step") / "zarr.json").read_text())
-    about = {**steps, "data_type": "float64", "fill_value": "NaN", "attributes": {}}
-    aside.mkdir(exist_ok=True)
-    (aside / "zarr.json").write_text(json.dumps(about))
-    aside.rename(folder)
-
-
-def _write_row(folder: Path, row: np.ndarray, index: int) -> None:
-    """Row `index` of an uncompressed Zarr array in its place in its chunk, beyond what the array's shape shows."""
-    about = json.loads((folder / "zarr.json").read_text())
-    if [codec["name"] for codec in about["codecs"]] != ["bytes"]:
-        raise StoreError(f"{folder} was rewritten since it was recorded, compressed: record to another path.")
-    shape = about["chunk_grid"]["configuration"]["chunk_shape"]
-    number, place = divmod(index, shape[0])
-    file = folder.joinpath("c", str(number), *["0"] * row.ndim)
-    values = row.astype(row.dtype.newbyteorder("<"))
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _replace(file, np.full(shape, np.nan if row.dtype.kind in "fc" else 0, values.dtype).tobytes())
-    with file.open("r+b") as out:
-        out.seek(place * row.nbytes)
-        out.write(values.tobytes())
-
-
-def _lengthen(folder: Path, length: int) -> None:
-    file = folder / "zarr.json"
-    about = json.loads(file.read_text())
-    about["shape"][0] = length
-    content = json.dumps(about).encode().ljust(file.stat().st_size)
-    with file.open("r+b") as out:  # one write of less than a page, which a kill can't split; a rename costs a flush
-        out.write(content)
-
-
-def _commit(path: Path, records: int) -> None:
-    root = _root(path)
-    root["attributes"]["records"] = records
-    # Not inside the store, where Zarr would wonder what a file left by a kill may be.
-    _replace(path / "zarr.json", json.dumps(root).encode(), path.with_name(f".{path.name}.records"))
-
-
-def _trim(path: Path, records: int) -> None:
-    """Take the store back to this many records."""
-    _commit(path, records)
-    for file in path.glob("*/*/zarr.json"):
-        about = json.loads(file.read_text())
-        if (about.get("dimension_names") or [""])[0] == "step" and about["shape"][0] > records:
-            _lengthen(file.parent, records)
-
-
-def _replace(file: Path, content: bytes, aside: Path | None = None) -> None:
-    aside = aside or file.with_name(f"{file.name}.new")
-    aside.write_bytes(content)
-    aside.replace(file)
-
-
-def _root(path: Path) -> dict[str, Any]:
-    """The root's metadata, with the count of records; StoreError if it is no recording's."""
-    if not path.exists():
-        raise StoreError(f"{path} does not exist: give the folder that a Recorder wrote.")
-    try:
-        root = json.loads((path / "zarr.json").read_text())
-        if isinstance(root["attributes"]["records"], int):
-            return root
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise StoreError(f"{path} is not a recording, or a damaged one: give the folder that a Recorder wrote.")
-
-
-def _groups(path: Path, records: int) -> dict[str, xr.Dataset]:
-    """Every group with its first `records` rows, however long a kill left its arrays."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return {file.parent.name: _cut(file.parent, records) for file in sorted(path.glob("*/zarr.json"))}
-    except Exception as error:  # Zarr raises KeyError, ValueError, JSON errors, ... for what is damaged
-        raise StoreError(f"{path} is damaged ({type(error).__name__}): record again to another path.") from error
-
-
-def _cut(folder: Path, records: int) -> xr.Dataset:
-    variables, attributes = ZarrStore.open_group(folder, mode="r", consolidated=False).load()
-    cut = {n: v.isel(step=slice(records)) if "step" in v.dims else v for n, v in variables.items()}
-    data = xr.decode_cf(xr.Dataset(cut, attrs=attributes)).load()
-    if data.sizes["step"] != records:
-        raise ValueError(f"{folder} has {data.sizes['step']} of {records} records")
-    return data

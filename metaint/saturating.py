@@ -200,7 +200,7 @@ def _compare(batch: Batch, base: ScaledPass, limit: ScaledPass, now: ScaledPass,
         "similarity": (norms.dot(units[0], units[2]) * kept).sum(-1).mT,
         "similarity_to_limit": (norms.dot(units[1], units[2]) * kept).sum(-1).mT,
         "count": kept.sum(-1).double(),
-        "kl": ((log_p.exp() * (log_p - log_q)).sum(-1) * kept).sum(-1),
+        "kl": ((log_p.exp() * (log_p - log_q)).sum(-1) * kept).sum(-1).double(),
         "top1_agreement": ((log_p.argmax(-1) == log_q.argmax(-1)) * kept).sum(-1).double(),
         "loss_change": torch.full_like(kept.sum(-1).double(), math.nan),
         "total": directions[1].sum(1)[None],
@@ -209,7 +209,7 @@ def _compare(batch: Batch, base: ScaledPass, limit: ScaledPass, now: ScaledPass,
     if causal:
         following = (batch.index + 1).clamp(max=batch.tokens.shape[1] - 1)
         target = batch.tokens.gather(1, following)[..., None].to(log_p.device)
-        found["loss_change"] = ((log_p - log_q).gather(-1, target).squeeze(-1) * kept).sum(-1)
+        found["loss_change"] = ((log_p - log_q).gather(-1, target).squeeze(-1) * kept).sum(-1).double()
     for name, logs in now.log_norms.items():
         found[f"log {name}"] = (logs * kept).sum(-1).mT
     found["log share"] = ((now.log_norms["embedding"] - now.log_norms["stream"]) * kept).sum(-1).mT

@@ -20,7 +20,7 @@ import xarray as xr
 from torch.optim import optimizer as optimizers
 
 import metaint
-from metaint import HeadProbe, recording
+from metaint import HeadProbe, recording, records
 from metaint.errors import InputError, StoreError
 from metaint.probes.residual import ResidualProbe
 from metaint.recording import Recorder, read_recording
@@ -140,7 +140,7 @@ def test_scalars_may_come_and_go(model, tmp_path):
 
 
 def test_a_long_recording_fills_several_chunks(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(recording, "_CHUNK_RECORDS", 4)
+    monkeypatch.setattr(records, "_CHUNK_RECORDS", 4)
     recorder, scans = recorder_of(model, tmp_path / "run.zarr"), []
     for step in range(11):
         scans.append(recorder(step, loss=step))
@@ -218,7 +218,8 @@ class Killed(BaseException):
 
 def killed_at(monkeypatch, name, call, error):
     """Let the given call of a step of the append fail halfway."""
-    original, calls = getattr(recording, name), []
+    module = recording if name == "create" else records
+    original, calls = getattr(module, name), []
 
     def fails(*args):
         calls.append(args)
@@ -230,7 +231,7 @@ def killed_at(monkeypatch, name, call, error):
             raise error
         original(*args)
 
-    monkeypatch.setattr(recording, name, fails)
+    monkeypatch.setattr(module, name, fails)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_a_kill_leaves_whole_records_and_resume_goes_on(name, call, error, model
     with monkeypatch.context() as patch:
         killed_at(patch, name, call, error)
         if error is Killed:
-            patch.setattr(recording, "_trim", lambda *_: None)
+            patch.setattr(recording, "trim", lambda *_: None)
         with pytest.raises(error):
             recorder(2, loss=2, accuracy=0.5)
     assert steps_of(path) == [0, 1]
@@ -280,7 +281,7 @@ def test_a_kill_at_the_first_record_leaves_nothing_at_the_path(name, model, tmp_
 CHILD = """
     import sys, torch, metaint
     torch.set_num_threads(1)
-    from metaint import recording
+    from metaint import recording, records
     from tests.test_recording import KIND, build, recorder_of
     model = build(KIND)
     scan = recording.scan
@@ -337,19 +338,19 @@ def check_whole(path):
     return len(steps)
 
 
-@pytest.mark.parametrize("name", ["_write_row", "_lengthen", "_replace", "_create"])
+@pytest.mark.parametrize("name", ["_write_row", "_lengthen", "_replace", "create"])
 def test_a_full_disk_is_one_sentence_and_the_records_before_stay(name, model, tmp_path, monkeypatch):
     path = tmp_path / "run.zarr"
     recorder = recorder_of(model, path)
-    if name != "_create":
+    if name != "create":
         recorder(0)
     with monkeypatch.context() as patch:
         killed_at(patch, name, 0, OSError(errno.ENOSPC, "No space left on device"))
         with pytest.raises(StoreError, match=r"can't be written to .*run\.zarr \(No space left on device\): the rec"):
             recorder(1, new=1)
-    if name != "_create":
+    if name != "create":
         assert steps_of(path) == metaint.load(path)["heads"]["step"].values.tolist() == [0]
-    assert recorder.steps == ([] if name == "_create" else [0])
+    assert recorder.steps == ([] if name == "create" else [0])
     recorder(2)
     assert steps_of(path)[-1] == 2
 

@@ -9,6 +9,8 @@ import torch
 import metaint
 from metaint.errors import InputError
 from metaint.scanning import default_tokens, text_tokens
+from metaint.tasks import repeated_tokens
+from tests.builders import available_kinds, build
 
 GOOD = torch.randint(5, 95, (3, 16), generator=torch.Generator().manual_seed(0))
 CASES = [
@@ -112,3 +114,15 @@ def test_every_public_name_is_there():
         assert getattr(metaint, name) is not None
     with pytest.raises(AttributeError, match="module 'metaint' has no attribute 'skan'"):
         _ = metaint.skan
+
+
+def test_a_model_of_one_layer_and_one_head():
+    kind = "native-mlp-ln" if "native-mlp-ln" in available_kinds() else "hooked"
+    model = build(kind, n_layers=1, n_heads=1, d_head=32)
+    probes = [metaint.HeadProbe(), metaint.ResidualProbe(), metaint.InnerProbe(), metaint.WeightProbe()]
+    found = metaint.scan(model, repeated_tokens(96, 8, batch=2, ids=(5, 95)), [*probes, metaint.SaturationProbe()])
+    assert found["heads"]["induction"].shape == (1, 1)
+    assert found["residual"]["growth"].shape == (1,)
+    assert found["inner"]["loss_decrease"].shape == (1,)
+    assert found["saturation"]["similarity"].shape == (7, 1)
+    assert found["weights"]["qk_norm"].shape == (1, 1)

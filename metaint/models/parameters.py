@@ -4,6 +4,7 @@ In: a model. Out: `own_parameters`, `part_of`, and `scaled`, which multiplies pa
 fused projections they were split from (`qkv` beside q, k, v), in GPT-2 as the same memory, in GPT-NeoX as a stale copy.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,6 +127,8 @@ def scaled(model: Any, c: float, select: Select = "all", *, allow_folded: bool =
         with torch.no_grad():
             for name, parameter in parameters.items():
                 shift = 1.0 if offset and part_of(name).kind == "norm" else 0.0
+                if c == 1:
+                    continue
                 if not shift and _is_lossless(parameter, c):
                     parameter.mul_(c)
                     undo.append((parameter, None))
@@ -144,14 +147,15 @@ def scaled(model: Any, c: float, select: Select = "all", *, allow_folded: bool =
 
 def _is_lossless(parameter: Tensor, c: float) -> bool:
     """Whether multiplying by c and by 1/c gives the same bits: c a power of two, and nothing over- or underflows."""
-    if torch.tensor(c, dtype=torch.float64).frexp().mantissa != 0.5:
+    if math.frexp(c)[0] != 0.5 or parameter.numel() == 0:
         return False
     with torch.no_grad():
-        magnitude = parameter.detach().abs()
-        smallest = torch.where(magnitude > 0, magnitude, torch.inf).min().item() if magnitude.numel() else 1.0
+        low, high = torch.aminmax(parameter.detach())
+        largest = max(abs(low.item()), abs(high.item()))
         limits = torch.finfo(parameter.dtype)
-        return (
-            bool(magnitude.isfinite().all())
-            and magnitude.max().item() * c <= limits.max
-            and min(smallest, smallest * c) >= limits.tiny
-        )
+        if not largest * max(c, 1) <= limits.max:  # NaN and infinity too
+            return False
+        if c >= 1:
+            return True
+        magnitude = parameter.detach().abs()
+        return torch.where(magnitude > 0, magnitude, torch.inf).min().item() * c >= limits.tiny

@@ -37,9 +37,8 @@ class Batch(NamedTuple):
         return {} if self.mask is None else {"attention_mask": self.mask}
 
     def pick(self, values: Tensor) -> Tensor:
-        """The rows of [batch, position, *rest] at the sampled positions, in float64 if they are floats."""
-        picked = values[torch.arange(len(values), device=values.device)[:, None], self.index.to(values.device)]
-        return picked.double() if picked.is_floating_point() else picked
+        """The rows of [batch, position, *rest] at the sampled positions."""
+        return values[torch.arange(len(values), device=values.device)[:, None], self.index.to(values.device)]
 
 
 class ScaledPass(NamedTuple):
@@ -68,10 +67,10 @@ def scaled_pass(
     held: dict[str, Tensor] = {}
 
     def stream(x: Tensor, hook: Any, layer: int) -> None:
-        streams[layer] = batch.pick(x.detach())
+        streams[layer] = batch.pick(x.detach()).double()
 
     def length(x: Tensor, hook: Any, name: str, layer: int) -> None:
-        logs.setdefault(name, {})[layer] = _log(norms.norm(batch.pick(x.detach())))
+        logs.setdefault(name, {})[layer] = _log(norms.norm(batch.pick(x.detach()).double()))
 
     def scores(x: Tensor, hook: Any, name: str, layer: int) -> None:
         held[name] = x.detach()
@@ -174,7 +173,7 @@ def _score_length(model: Any, layer: int, query: Tensor, key: Tensor, batch: Bat
     """Logarithm of the length of a query's scores, over heads and the keys it may see."""
     from metaint.models.describe import is_causal
 
-    scores = scores_of(model, layer, batch.pick(query), key.double())
+    scores = scores_of(model, layer, batch.pick(query).double(), key.double())
     seen = batch.real[:, None, :].to(scores.device)
     if is_causal(model):
         keys = torch.arange(scores.shape[-1], device=scores.device)

@@ -17,7 +17,7 @@ from metaint.measures.resampling import bootstrap_interval
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
-from metaint.probes.probe import Probe
+from metaint.probes.probe import Probe, shaped
 
 
 class HeadProbe(Probe):
@@ -160,8 +160,10 @@ class HeadProbe(Probe):
         coords["window"] = ("layer", list(shape.windows) or [0] * shape.n_layers)
         if any(value.ndim == 3 for value in variables.values()):
             coords["tau"] = list(TAUS)
-        dims = {2: ("layer", "head"), 3: ("tau", "layer", "head")}
-        data = xr.Dataset({k: (dims[v.ndim], v.numpy()) for k, v in variables.items()}, coords)
+        each = ("layer", "head")
+        data = xr.Dataset(
+            {k: shaped(("tau", *each) if v.ndim == 3 else each, v, coords) for k, v in variables.items()}, coords
+        )
         for measure in self.measures:
             if measure.name in data:
                 data[measure.name].attrs["description"] = (measure.__doc__ or "").strip().split("\n")[0]

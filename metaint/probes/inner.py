@@ -24,7 +24,7 @@ from metaint.models.describe import Shape, shape_of
 from metaint.models.inputs import InputWatch
 from metaint.models.readout import readout_of
 from metaint.models.translators import affine_translators
-from metaint.probes.probe import Probe
+from metaint.probes.probe import Probe, shaped
 from metaint.probes.stream import Rows, precise, widened_copy
 
 PARTS = ("", "_attn", "_mlp")
@@ -226,7 +226,7 @@ class InnerProbe(Probe):
         ids, kept = tokens[there][chosen].numpy(), values[there][chosen].numpy()
         for i, name in enumerate(("token", "target", "token_position")):
             coords[name] = ("sample", ids[:, i])
-        data = xr.Dataset({k: (dims[len(v)], v.numpy()) for k, v in variables.items()}, coords)
+        data = xr.Dataset({k: shaped(dims[v.numel()], v, coords) for k, v in variables.items()}, coords)
         for i, name in enumerate(("token_norm", "token_loss")):
             data[name] = (("sample", "layer"), kept[:, i])
         for name, words in DESCRIPTIONS.items():

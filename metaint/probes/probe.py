@@ -128,6 +128,11 @@ class Probe(Metric):
         return assemble([self], attributes)
 
 
+def shaped(dims: Sequence[str], value: Tensor, coords: Mapping[str, Any]) -> tuple[tuple[str, ...], Any]:
+    """A variable as xarray takes it: `compute` of torchmetrics takes the dimensions off what holds a single number."""
+    return tuple(dims), value.numpy().reshape([len(coords[dim]) for dim in dims])
+
+
 @contextmanager
 def quietly(device: str) -> Any:
     """Compute in full precision and off the tape, whatever mode the owner's forward pass runs in."""

@@ -20,7 +20,7 @@ from metaint.models.audit import holds
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
 from metaint.models.readout import final_norm_of
-from metaint.probes.probe import Probe
+from metaint.probes.probe import Probe, shaped
 from metaint.probes.stream import Rows, precise, widened_copy
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -327,7 +327,7 @@ class ResidualProbe(Probe):
         }
         for name in ("dimension", "position", "token"):
             coords[f"massive_{name}"] = (("layer", "rank"), largest.pop(f"massive_{name}").nan_to_num(-1).int().numpy())
-        data = xr.Dataset({k: (_dims(k), v.numpy()) for k, v in {**variables, **largest}.items()}, coords)
+        data = xr.Dataset({k: shaped(_dims(k), v, coords) for k, v in {**variables, **largest}.items()}, coords)
         data["cos_null_std"] = self.shape.d_model**-0.5
         for name, words in DESCRIPTIONS.items():
             data[name].attrs["description"] = words

@@ -18,7 +18,7 @@ from metaint.models.describe import Shape, weight_processing
 from metaint.models.inputs import InputWatch
 from metaint.models.invariants import repeat_heads
 from metaint.models.parameters import own_parameters, part_of
-from metaint.probes.probe import Hook, Probe, quietly
+from metaint.probes.probe import Hook, Probe, quietly, shaped
 
 PARTS = ("attention", "mlp", "norm")
 # Places of parameters outside the blocks, after one for each part of each layer.
@@ -158,10 +158,7 @@ class WeightProbe(Probe):
             "part": list(PARTS),
             "head": range(self.shape.n_heads),
         }
-        # torchmetrics takes the dimensions off a single number, which a model of one layer and one head has.
-        data = xr.Dataset(
-            {k: (dims, v.numpy().reshape([len(coords[d]) for d in dims])) for k, (dims, v) in variables.items()}, coords
-        )
+        data = xr.Dataset({name: shaped(dims, value, coords) for name, (dims, value) in variables.items()}, coords)
         for name in data.data_vars:
             data[name].attrs["description"] = DESCRIPTIONS[str(name)]
         data.attrs.update(tokens_seen=0, sequences=0, parameters=int(_latest(self.places)[_COUNT].sum()))
