@@ -1,6 +1,5 @@
 """The `metaint` command: demo, scan, audit, lab. Bad input is one sentence on stderr and exit status 2."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from metaint.errors import InputError, MetaintError, ModelError
+from metaint.cli_labs import lab
+from metaint.errors import MetaintError
+from metaint.shell import Checkpoint, Device, Dtype, Model, Revision, check, check_page, console, open_model
 
 app = typer.Typer(
     help="Read a transformer through its TransformerLens hooks.",
@@ -18,14 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-lab = typer.Typer(help="A paper as an experiment on a model.", no_args_is_help=True)
 app.add_typer(lab, name="lab")
-
-Model = Annotated[str, typer.Argument(help="toy, a Hugging Face name (gpt2), or a folder in its format.")]
-Revision = Annotated[str | None, typer.Option(help="Revision (branch, tag, commit) on the hub.")]
-Checkpoint = Annotated[int | None, typer.Option(help="Training checkpoint, as TransformerLens labels it.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the fastest there is.")]
-Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
 
 
 def main() -> None:
@@ -70,21 +64,21 @@ def scan(
 ) -> None:
     """Score and label every head of MODEL; with --probes, read its residual stream and inner losses too."""
     chosen = _probe_names(probes)
-    _check(figures is None or chosen != ["heads"], "--figures draws residual and inner: add one of them to --probes.")
-    _check_page(figures)
-    _check(not as_csv or len(chosen) == 1, f"--csv holds one table, and --probes asks for {probes}: choose one.")
-    _check("heads" in chosen or (sort is None and top is None), "--sort and --top are for heads: add it to --probes.")
-    _check(text is None or repeat is None, "--text and --repeat were both given: choose one input.")
-    _check(not (as_json and as_csv), "--json and --csv were both given: choose one format.")
-    _check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
-    _check(repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated.")
-    _check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
+    check(figures is None or chosen != ["heads"], "--figures draws residual and inner: add one of them to --probes.")
+    check_page(figures)
+    check(not as_csv or len(chosen) == 1, f"--csv holds one table, and --probes asks for {probes}: choose one.")
+    check("heads" in chosen or (sort is None and top is None), "--sort and --top are for heads: add it to --probes.")
+    check(text is None or repeat is None, "--text and --repeat were both given: choose one input.")
+    check(not (as_json and as_csv), "--json and --csv were both given: choose one format.")
+    check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
+    check(repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated.")
+    check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     from metaint.tasks import read_text
     from metaint.views.tables import SCORES
 
-    _check(sort is None or sort in SCORES, f"--sort is {sort!r}: choose one of {', '.join(SCORES)}.")
+    check(sort is None or sort in SCORES, f"--sort is {sort!r}: choose one of {', '.join(SCORES)}.")
     prose = read_text(text) if text is not None else None
-    opened = _open(model, revision, checkpoint, device, dtype)
+    opened = open_model(model, revision, checkpoint, device, dtype)
     from metaint import HeadProbe, InnerProbe, ResidualProbe, save, scan
     from metaint.scanning import default_tokens, text_tokens
 
@@ -110,17 +104,17 @@ def scan(
     if as_json or as_csv:
         print(_as_text(found, chosen, as_json))
     else:
-        console = _console()
+        terminal = console()
         facts = found.attrs
-        console.print(
+        terminal.print(
             f"{facts['model']}: {facts['n_layers']} layers x {facts['n_heads']} heads, {facts['weights']} weights, "
             f"{facts['dtype']}; {batch.shape[0]} sequences of {batch.shape[1]} tokens ({source['task']}"
             f"{', with BOS' if facts['bos'] else ''}, seed {seed})\n"
         )
-        _print_groups(console, found, chosen, sort, top)
+        _print_groups(terminal, found, chosen, sort, top)
         for path in (out, figures):
             if path is not None:
-                console.print(f"saved to {path}")
+                terminal.print(f"saved to {path}")
 
 
 @app.command()
@@ -132,11 +126,11 @@ def audit(
     dtype: Dtype = "float32",
 ) -> None:
     """Check which invariants MODEL's hooks and weights hold."""
-    opened = _open(model, revision, checkpoint, device, dtype)
+    opened = open_model(model, revision, checkpoint, device, dtype)
     from metaint import audit
     from metaint.views.tables import print_audit
 
-    print_audit(_console(), audit(opened), model)
+    print_audit(console(), audit(opened), model)
 
 
 @app.command()
@@ -146,86 +140,21 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where to save the scan of all checkpoints.")] = Path("demo.zarr"),
 ) -> None:
     """Train a small transformer on an in-context task, and watch its induction head appear."""
-    _check(out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
+    check(out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     from metaint.tasks import python_prose, read_text
 
     prose = read_text(text) if text is not None else python_prose()
     from metaint.labs.demo import run
 
-    run(_console(), prose, seed, out)
-
-
-@lab.command()
-def inner(
-    model: Annotated[str | None, typer.Argument(help="As for scan; toy and, if it can be reached, gpt2.")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Read windows of this text; by default Python's prose, for the toy its task.")
-    ] = None,
-    length: Annotated[int, typer.Option(help="Window length, in tokens.")] = 128,
-    windows: Annotated[int, typer.Option(help="Sequences to read.")] = 32,
-    positions: Annotated[int, typer.Option(help="Positions sampled from each sequence.")] = 64,
-    revision: Revision = None,
-    checkpoint: Checkpoint = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of windows, samples, shuffling and the random model.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for figures, verdicts and scans.")] = Path("inner-lab"),
-) -> None:
-    """Does MODEL look like an inner optimisation? Beside its random initialisation and shuffled tokens."""
-    _check(windows >= 2, f"--windows is {windows}: at least 2 sequences tell an interval.")
-    _check(positions >= 1, f"--positions is {positions}: it must be at least 1.")
-    _check(length >= 3, f"--length is {length}: it must be at least 3.")
-    _check(not out.exists() or out.is_dir(), f"--out is {out}, which is a file: name a folder.")
-    from metaint.tasks import python_prose, read_text
-
-    prose = read_text(text) if text is not None else None
-    from metaint.labs.inner import run, toy_tokens
-    from metaint.scanning import text_tokens
-
-    console = _console()
-    for name in ("toy", "gpt2") if model is None else (model,):
-        try:
-            opened = _open(name, revision, checkpoint, device, dtype)
-        except ModelError as error:
-            if model is not None or name == "toy":
-                raise
-            console.print(f"{name} is left out: {error}")
-            continue
-        reach = min(length, int(opened.cfg.n_ctx))
-        if prose is None and name == "toy":
-            batch, source = toy_tokens(opened, windows, reach, seed), "in-context bigrams"
-        else:
-            batch = text_tokens(opened, prose or python_prose(), reach, windows, seed)
-            source = str(text or "Python's prose")
-        facts = {"task": "text", "source": source}
-        folder = out / name.strip("/").replace("/", "--")
-        progress = sys.stderr.isatty()
-        run(console, opened, batch, folder, name, positions=positions, seed=seed, progress=progress, attributes=facts)
-
-
-def _open(name: str, revision: str | None, checkpoint: int | None, device: str | None, dtype: str) -> Any:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    from metaint import open_model
-
-    return open_model(name, revision=revision, checkpoint=checkpoint, device=device, dtype=dtype)
+    run(console(), prose, seed, out)
 
 
 def _probe_names(given: str) -> list[str]:
     """The names in --probes, each once."""
     names = [name.strip() for name in given.split(",")]
     known = len(set(names)) == len(names) and set(names) <= {"heads", "residual", "inner"}
-    _check(known, f"--probes is {given!r}: join some of heads, residual, inner by commas, each once.")
+    check(known, f"--probes is {given!r}: join some of heads, residual, inner by commas, each once.")
     return names
-
-
-def _check_page(path: Path | None) -> None:
-    if path is not None:
-        _check(path.suffix == ".html", f"--figures is {path}: give it a name that ends in .html.")
-        _check(path.parent.is_dir(), f"--figures is {path}: there is no folder {path.parent}.")
 
 
 def _as_text(found: Any, chosen: list[str], as_json: bool) -> str:
@@ -248,14 +177,3 @@ def _print_groups(console: Console, found: Any, chosen: list[str], sort: str | N
             print_scan(console, found, sort, top)
         else:
             {"residual": print_residual, "inner": print_inner}[name](console, found)
-
-
-def _console() -> Console:
-    """The terminal; where there is none, wide enough that no table is cut."""
-    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
-    return Console(width=wide, highlight=False)
-
-
-def _check(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise InputError(sentence)
