@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from metaint.cli_labs import lab
-from metaint.errors import MetaintError
+from metaint.errors import InputError, MetaintError
 from metaint.shell import Checkpoint, Device, Dtype, Model, Revision, check, check_page, console, open_model
 
 app = typer.Typer(
@@ -20,6 +20,15 @@ app = typer.Typer(
 )
 
 app.add_typer(lab, name="lab")
+
+
+_PROBES = {
+    "heads": "HeadProbe",
+    "residual": "ResidualProbe",
+    "inner": "InnerProbe",
+    "saturation": "SaturationProbe",
+    "weights": "WeightProbe",
+}
 
 
 def main() -> None:
@@ -35,7 +44,7 @@ def main() -> None:
 def scan(
     model: Model,
     probes: Annotated[
-        str, typer.Option(help="What to read, joined by commas: heads, residual, inner; one pass feeds them all.")
+        str, typer.Option(help="Joined by commas: heads, residual, inner, saturation, weights; one pass feeds all.")
     ] = "heads",
     text: Annotated[Path | None, typer.Option(help="Read windows of this text.")] = None,
     repeat: Annotated[
@@ -55,16 +64,17 @@ def scan(
     seed: Annotated[int, typer.Option(help="Seed of the random tokens or of the choice of windows.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Save the scan as a Zarr folder.")] = None,
     figures: Annotated[
-        Path | None, typer.Option(help="Write the figures of residual and inner to this HTML page.")
+        Path | None, typer.Option(help="Write the figures of residual, inner and saturation to this HTML page.")
     ] = None,
     sort: Annotated[str | None, typer.Option(help="Score to sort the table by.")] = None,
     top: Annotated[int | None, typer.Option(help="Print only this many heads; 0 for all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Score and label every head of MODEL; with --probes, read its residual stream and inner losses too."""
+    """Score and label every head of MODEL; with --probes, read its stream, losses, saturation and weights too."""
     chosen = _probe_names(probes)
-    check(figures is None or chosen != ["heads"], "--figures draws residual and inner: add one of them to --probes.")
+    drawn = set(chosen) & {"residual", "inner", "saturation"}
+    check(figures is None or bool(drawn), "--figures draws residual, inner and saturation: add one to --probes.")
     check_page(figures)
     check(not as_csv or len(chosen) == 1, f"--csv holds one table, and --probes asks for {probes}: choose one.")
     check("heads" in chosen or (sort is None and top is None), "--sort and --top are for heads: add it to --probes.")
@@ -79,7 +89,8 @@ def scan(
     check(sort is None or sort in SCORES, f"--sort is {sort!r}: choose one of {', '.join(SCORES)}.")
     prose = read_text(text) if text is not None else None
     opened = open_model(model, revision, checkpoint, device, dtype)
-    from metaint import HeadProbe, InnerProbe, ResidualProbe, save, scan
+    import metaint
+    from metaint import save, scan
     from metaint.scanning import default_tokens, text_tokens
 
     if prose is not None:
@@ -89,18 +100,16 @@ def scan(
         block = repeat or 50
         source = {"task": "repeated_tokens"}
         batch = default_tokens(opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None)
-    kinds = {"heads": HeadProbe, "residual": ResidualProbe, "inner": InnerProbe}
-    readers = [kinds[name]() for name in chosen]
+    readers = [getattr(metaint, _PROBES[name])() for name in chosen]
     found = scan(
         opened, batch, readers, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), attributes=source
     )
     if out is not None:
         save(found, out)
     if figures is not None:
-        from metaint.views.figures import stream_figures
         from metaint.views.page import write_page
 
-        write_page(stream_figures(found), figures, f"metaint: {found.attrs['model']}")
+        write_page(_figures(found), figures, f"metaint: {found.attrs['model']}")
     if as_json or as_csv:
         print(_as_text(found, chosen, as_json))
     else:
@@ -115,6 +124,78 @@ def scan(
         for path in (out, figures):
             if path is not None:
                 terminal.print(f"saved to {path}")
+
+
+@app.command()
+def saturate(
+    model: Model,
+    mode: Annotated[
+        str, typer.Option(help="Scale the attention scores, or all-params (Merrill et al. 2021).")
+    ] = "scores",
+    scales: Annotated[str, typer.Option(help="Factors, joined by commas; inf for scores alone.")] = "",
+    faithful: Annotated[
+        bool, typer.Option("--faithful", help="With all-params: the published script's mask and counts too.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="Read windows of this text; else repeated random tokens.")] = None,
+    length: Annotated[int, typer.Option(help="Window length for --text, in tokens.")] = 128,
+    tokens: Annotated[int, typer.Option(help="About how many tokens to read in all.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Sequences (with their copies) in one forward pass.")] = 8,
+    revision: Revision = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of tokens, windows and sampled positions.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Save the result as a Zarr folder.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write the figures to this HTML page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What becomes of MODEL as its attention scores, or all its parameters, are multiplied."""
+    check(mode in ("scores", "all-params"), f"--mode is {mode!r}: choose scores or all-params.")
+    check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
+    check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
+    check_page(figures)
+    factors = _factors(scales, mode)
+    from metaint.tasks import read_text
+
+    prose = read_text(text) if text is not None else None
+    opened = open_model(model, revision, checkpoint, device, dtype)
+    import metaint
+    from metaint.scanning import default_tokens, text_tokens
+    from metaint.views.saturation import print_saturation
+
+    if prose is None:
+        batch, source = default_tokens(opened, batch=max(2, tokens // 100), seed=seed), {"task": "repeated_tokens"}
+    else:
+        batch = text_tokens(opened, prose, length, max(2, tokens // length), seed=seed)
+        source = {"task": "text", "source": str(text)}
+    options = {"batch_size": batch_size, "seed": seed, "progress": sys.stderr.isatty(), "attributes": source}
+    found = metaint.saturate(opened, batch, factors, mode, faithful=faithful, **options)
+    if out is not None:
+        metaint.save(found, out)
+    if figures is not None:
+        from metaint.views.page import write_page
+
+        write_page(_figures(found), figures, f"metaint: {found.attrs['model']}")
+    if as_json:
+        print(_as_text(found, ["saturation"], True))
+        return
+    print_saturation(console(), found)
+    for path in (out, figures):
+        if path is not None:
+            console().print(f"saved to {path}")
+
+
+def _factors(given: str, mode: str) -> tuple[float, ...]:
+    """The numbers in --scales, or the default of the mode."""
+    from metaint.measures.saturation import KAPPAS
+    from metaint.saturating import SCALES
+
+    if not given:
+        return KAPPAS if mode == "scores" else SCALES
+    try:
+        return tuple(float(part) for part in given.split(","))
+    except ValueError:
+        raise InputError(f"--scales is {given!r}: join numbers by commas, such as 1,2,4,inf.") from None
 
 
 @app.command()
@@ -152,8 +233,8 @@ def demo(
 def _probe_names(given: str) -> list[str]:
     """The names in --probes, each once."""
     names = [name.strip() for name in given.split(",")]
-    known = len(set(names)) == len(names) and set(names) <= {"heads", "residual", "inner"}
-    check(known, f"--probes is {given!r}: join some of heads, residual, inner by commas, each once.")
+    known = len(set(names)) == len(names) and set(names) <= set(_PROBES)
+    check(known, f"--probes is {given!r}: join some of {', '.join(_PROBES)} by commas, each once.")
     return names
 
 
@@ -164,16 +245,35 @@ def _as_text(found: Any, chosen: list[str], as_json: bool) -> str:
 
     if as_json:
         return (to_json if chosen == ["heads"] else scan_json)(found)
-    text = to_csv(found) if chosen == ["heads"] else layer_frame(found, chosen[0]).to_csv(index=False)
-    return text.rstrip("\n")
+    from metaint.views.saturation import saturation_frame, weights_frame
+
+    frames = {"saturation": saturation_frame, "weights": weights_frame}
+    frame = frames.get(chosen[0], lambda scan: layer_frame(scan, chosen[0]))
+    return (to_csv(found) if chosen == ["heads"] else frame(found).to_csv(index=False)).rstrip("\n")
+
+
+def _figures(found: Any) -> dict[str, Any]:
+    """Every figure that the groups of a scan allow."""
+    from metaint.views.figures import stream_figures
+    from metaint.views.saturation import saturation_figures
+
+    drawn = stream_figures(found) if {"residual", "inner"} & set(found.children) else {}
+    return {**drawn, **(saturation_figures(found) if "saturation" in found.children else {})}
 
 
 def _print_groups(console: Console, found: Any, chosen: list[str], sort: str | None, top: int | None) -> None:
+    from metaint.views.saturation import print_saturation, print_weights
     from metaint.views.streams import print_inner, print_residual
     from metaint.views.tables import print_scan
 
+    tables = {
+        "residual": print_residual,
+        "inner": print_inner,
+        "saturation": print_saturation,
+        "weights": print_weights,
+    }
     for name in chosen:
         if name == "heads":
             print_scan(console, found, sort, top)
         else:
-            {"residual": print_residual, "inner": print_inner}[name](console, found)
+            tables[name](console, found)

@@ -2,8 +2,8 @@
 
 In: datasets by group, each with a `step` of length one. Out: a store that xarray and Zarr read. A record is first
 written behind the ends of the arrays, then the arrays are lengthened, and last of all `records` in the root's
-attributes goes up, by write aside and rename: whatever lies beyond that count was torn by a kill. Rows are written here
-and not by Zarr, which takes seconds for the few hundred arrays of a record and rewrites a chunk with earlier rows in it.
+attributes goes up, by write aside and rename: whatever lies beyond that count was torn by a kill. Rows are written
+here and not by Zarr, which takes seconds for the few hundred arrays of a record and rewrites chunks with earlier rows.
 """
 
 import json

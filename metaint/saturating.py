@@ -173,7 +173,7 @@ class _Sweep:
         for name, words in DESCRIPTIONS.items():
             if name in data:
                 data[name].attrs["description"] = words
-        data.attrs.update(sequences=sequences, tokens_sampled=int(base["count"].sum()), scaled="all parameters")
+        data.attrs.update(sequences=sequences, tokens_seen=int(base["count"].sum()), scaled="all parameters")
         return data
 
     def _published_variables(self) -> dict[str, Any]:

@@ -172,10 +172,13 @@ def test_three_probes_in_one_pass(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--probes", "heads,norms"], "--probes is 'heads,norms': join some of heads, residual, inner by commas"),
+        (
+            ["--probes", "heads,norms"],
+            "--probes is 'heads,norms': join some of heads, residual, inner, saturation, weights by commas",
+        ),
         (["--probes", "inner,inner"], "--probes is 'inner,inner': join some of"),
         (["--probes", ""], "--probes is '': join some of"),
-        (["--figures", "a.html"], "--figures draws residual and inner: add one of them to --probes."),
+        (["--figures", "a.html"], "--figures draws residual, inner and saturation: add one to --probes."),
         (["--probes", "inner", "--figures", "a.png"], "--figures is a.png: give it a name that ends in .html."),
         (["--probes", "inner", "--figures", "no/a.html"], "--figures is no/a.html: there is no folder no."),
         (["--probes", "inner,heads", "--csv"], "--csv holds one table, and --probes asks for inner,heads: choose one."),
@@ -209,3 +212,40 @@ def test_the_inner_lab_writes_its_folder(run, folder, tmp_path):
 )
 def test_a_lab_without_enough_is_one_sentence(run, folder, arguments, sentence):
     assert run("lab", "inner", folder, *arguments) == (2, "", f"metaint: {sentence}\n")
+
+
+def test_saturation_and_weights(run, folder, tmp_path):
+    code, out, _ = run(
+        "scan", folder, "--probes", "saturation,weights", "--tokens", 300, "--figures", tmp_path / "p.html"
+    )
+    assert code == 0
+    assert "Saturation: scores times a scale" in out
+    assert "Norms of the parameters" in out
+    assert "total variation" in (tmp_path / "p.html").read_text()
+    code, out, _ = run("scan", folder, "--probes", "weights", "--csv")
+    assert len(list(csv.DictReader(io.StringIO(out)))) == 8
+
+
+def test_saturate(run, folder, tmp_path):
+    asked = ("saturate", folder, "--mode", "all-params", "--scales", "1,8", "--faithful", "--tokens", 200)
+    code, out, _ = run(*asked, "--out", tmp_path / "s.zarr", "--figures", tmp_path / "p.html")
+    assert code == 0
+    assert "all parameters times a scale" in out
+    assert "Published estimator" in out
+    assert metaint.load(tmp_path / "s.zarr")["saturation"]["scale"].values.tolist() == [1, 8]
+    code, out, _ = run("saturate", folder, "--scales", "2,inf", "--json", "--tokens", 200)
+    assert json.loads(out)["saturation"]["coordinates"]["scale"]["data"] == [2, "inf"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--mode", "both"], "--mode is 'both': choose scores or all-params."),
+        (["--scales", "1,x"], "--scales is '1,x': join numbers by commas, such as 1,2,4,inf."),
+        (["--scales", "-1"], "kappas has -1: a factor of the scores must be 0 or more."),
+        (["--faithful"], 'faithful is True, and mode is "scores": the published estimator needs mode="all-params".'),
+        (["--figures", "page"], "--figures is page: give it a name that ends in .html."),
+    ],
+)
+def test_bad_saturate_is_one_sentence(run, folder, arguments, sentence):
+    assert run("saturate", folder, *arguments) == (2, "", f"metaint: {sentence}\n")

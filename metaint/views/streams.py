@@ -13,9 +13,15 @@ from rich.console import Console
 
 from metaint.errors import InputError
 from metaint.measures.norms import histogram_quantile
-from metaint.views.tables import number, plain_table, to_json
+from metaint.views.tables import number, print_columns, to_json
 
-PROBES = {"heads": "HeadProbe", "residual": "ResidualProbe", "inner": "InnerProbe"}
+PROBES = {
+    "heads": "HeadProbe",
+    "residual": "ResidualProbe",
+    "inner": "InnerProbe",
+    "saturation": "SaturationProbe",
+    "weights": "WeightProbe",
+}
 # Further dimensions of which each value becomes a column of its own.
 _SPREAD = {"position", "rank"}
 
@@ -58,7 +64,9 @@ def layer_frame(scan: xr.DataTree, group: str) -> pd.DataFrame:
 
 def scan_json(scan: xr.DataTree) -> str:
     """All groups as JSON: attributes, one record for each head, and for `/residual` and `/inner` their own attributes,
-    their scalars and one record for each layer; what is not a number is null."""
+    their scalars and one record for each layer; of other groups all variables; what is not a number is null."""
+    from metaint.views.saturation import group_json
+
     found: dict[str, Any] = json.loads(to_json(scan)) if "heads" in scan.children else {"attributes": scan.attrs}
     for group in ("residual", "inner"):
         if group in scan.children:
@@ -66,6 +74,9 @@ def scan_json(scan: xr.DataTree) -> str:
             scalars = {str(k): None if v.isnull() else v.item() for k, v in data.data_vars.items() if not v.dims}
             layers = layer_frame(scan, group).to_json(orient="records", double_precision=12)
             found[group] = {"attributes": data.attrs, **scalars, "layers": json.loads(layers or "[]")}
+    for group in ("saturation", "weights"):
+        if group in scan.children:
+            found[group] = group_json(group_of(scan, group))
     return json.dumps(found, indent=1, default=str)
 
 
@@ -124,22 +135,8 @@ def print_inner(console: Console, scan: xr.DataTree) -> None:
 
 
 def _print(console: Console, title: str, data: xr.Dataset, columns: list[_Column]) -> None:
-    """As many of the columns as the width holds; the first are wanted most."""
-    table = plain_table(title)
     layers = [str(layer) for layer in data["layer"].values]
-    table.add_column("layer", justify="right", no_wrap=True)
-    room = console.width - 4 - len("layer")
-    rows = [layers]
-    for column in columns:
-        cells = column.cells(data)
-        room -= max(len(part) for part in [*column.heading.split("\n"), *cells]) + 2
-        if room < 0:
-            break
-        table.add_column(column.heading, justify="right", no_wrap=True)
-        rows.append(cells)
-    for row in zip(*rows, strict=True):
-        table.add_row(*row)
-    console.print(table)
+    print_columns(console, title, [("layer", layers), *((column.heading, column.cells(data)) for column in columns)])
 
 
 def _short(value: float) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -149,6 +149,21 @@ def number(value: float) -> str:
     if value is None or math.isnan(value):
         return "–"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def print_columns(console: Console, title: str, columns: Iterable[tuple[str, list[str]]]) -> None:
+    """A table of columns (heading, cells), right-aligned: as many as the width holds; the first are wanted most."""
+    table = plain_table(title)
+    room, rows = console.width - 2, []
+    for heading, cells in columns:
+        room -= max(len(part) for part in [*heading.split("\n"), *cells]) + 2
+        if rows and room < 0:
+            break
+        table.add_column(heading, justify="right", no_wrap=True)
+        rows.append(cells)
+    for row in zip(*rows, strict=True):
+        table.add_row(*row)
+    console.print(table)
 
 
 def plain_table(title: str, tight: bool = False) -> Table:
