@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from metaint.errors import ModelError
+from metaint.errors import InputError, ModelError
 from metaint.shell import Checkpoint, Device, Dtype, Revision, check, console, open_model
 
 lab = typer.Typer(help="A paper as an experiment on a model.", no_args_is_help=True)
@@ -58,3 +58,41 @@ def inner(
         folder = out / name.strip("/").replace("/", "--")
         progress = sys.stderr.isatty()
         run(terminal, opened, batch, folder, name, positions=positions, seed=seed, progress=progress, attributes=facts)
+
+
+@lab.command("norm-growth")
+def norm_growth(
+    text: Annotated[Path | None, typer.Option(help="Train on this text; by default Python's own prose.")] = None,
+    minutes: Annotated[float, typer.Option(help="About how long all runs take together.")] = 5.0,
+    steps: Annotated[int | None, typer.Option(help="Steps of each run, instead of --minutes.")] = None,
+    norms: Annotated[str, typer.Option(help="Placements of the norm, joined by commas.")] = "pre,output,post",
+    optimisers: Annotated[str, typer.Option(help="adamw, sgd or both, joined by a comma.")] = "adamw,sgd",
+    learning_rates: Annotated[str, typer.Option(help="A grid of learning rates, joined by commas.")] = "",
+    weight_decays: Annotated[str, typer.Option(help="A grid of weight decays, joined by commas.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for runs, figures and tables.")] = Path("norm-growth-lab"),
+) -> None:
+    """Do parameters grow in training, and does attention saturate with them? Trains small models on text; resumable."""
+    rates, decays = _numbers("--learning-rates", learning_rates), _numbers("--weight-decays", weight_decays)
+    from metaint.labs.norm_growth import run
+    from metaint.tasks import read_text
+
+    prose = read_text(text) if text is not None else None
+    chosen = {
+        "norms": _names(norms),
+        "optimisers": _names(optimisers),
+        "learning_rates": rates,
+        "weight_decays": decays,
+    }
+    run(console(), out, prose, minutes=minutes, steps=steps, seed=seed, progress=sys.stderr.isatty(), **chosen)
+
+
+def _names(given: str) -> list[str]:
+    return [part.strip() for part in given.split(",")]
+
+
+def _numbers(option: str, given: str) -> list[float] | None:
+    try:
+        return [float(part) for part in given.split(",")] if given else None
+    except ValueError:
+        raise InputError(f"{option} is {given!r}: join numbers by commas, such as 0.001,0.01.") from None

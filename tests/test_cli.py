@@ -249,3 +249,30 @@ def test_saturate(run, folder, tmp_path):
 )
 def test_bad_saturate_is_one_sentence(run, folder, arguments, sentence):
     assert run("saturate", folder, *arguments) == (2, "", f"metaint: {sentence}\n")
+
+
+def test_the_norm_growth_lab_trains_and_goes_on(run, tmp_path):
+    asked = ("lab", "norm-growth", "--steps", 30, "--norms", "output", "--optimisers", "sgd", "--out", tmp_path / "lab")
+    code, out, err = run(*asked)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "lab" / "figures.html").stat().st_size > 10**6
+    assert (tmp_path / "lab" / "summary.csv").read_text().count("\n") == 2
+    assert run(*asked)[0] == 0  # nothing is trained again
+    code, out, err = run(*asked, "--seed", 1)
+    assert (code, out.count("Traceback")) == (2, 0)
+    assert err.startswith("metaint: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--learning-rates", "fast"], "--learning-rates is 'fast': join numbers"),
+        (["--norms", "middle"], "middle"),
+        (["--minutes", "0"], "minutes is 0"),
+    ],
+)
+def test_a_norm_growth_lab_that_can_not_be_is_one_sentence(run, tmp_path, arguments, words):
+    code, out, err = run("lab", "norm-growth", *arguments, "--out", tmp_path / "lab")
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1

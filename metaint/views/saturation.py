@@ -123,7 +123,7 @@ def _published(data: xr.Dataset) -> list[tuple[str, list[str]]]:
 
 
 def _numbers(values: xr.DataArray) -> list[str]:
-    return [number(value) for value in values.values.ravel()]
+    return [number(value) for value in values.values.ravel().tolist()]
 
 
 def _head_at(values: xr.DataArray, which: str) -> list[str]:
