@@ -12,7 +12,7 @@ from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from metaint.errors import InputError, StoreError
-from metaint.views.figures import WIDTH
+from metaint.views.panels import WIDTH
 
 
 def write_page(figures: Mapping[str, go.Figure], path: str | Path, title: str) -> Path:

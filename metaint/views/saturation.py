@@ -13,7 +13,7 @@ from plotly import graph_objects as go
 from plotly.colors import sample_colorscale
 from rich.console import Console
 
-from metaint.views.figures import GREY, _finish, _panels
+from metaint.views.panels import GREY, finish, panels
 from metaint.views.streams import group_of
 from metaint.views.tables import number, print_columns
 
@@ -165,7 +165,7 @@ def plot_saturation(scan: xr.DataTree) -> go.Figure:
     """Similarity of the stream with that at each scale, by layer, its null at the largest; InputError without it."""
     data = group_of(scan, "saturation")
     heads = "total_variation" in data
-    figure = _panels(["similarity", "distance to saturated"][: 1 + heads], [1.3, 1][: 1 + heads])
+    figure = panels(["similarity", "distance to saturated"][: 1 + heads], [1.3, 1][: 1 + heads])
     layers, scales = data["layer"].values, data["scale"].values
     colours = sample_colorscale("Viridis", np.linspace(0.05, 0.85, len(scales)).tolist())
     for scale, colour in zip(scales, colours, strict=True):
@@ -188,7 +188,7 @@ def plot_saturation(scan: xr.DataTree) -> go.Figure:
     )
     if heads:
         caption += "Below, mean distance (total variation) of attention to attention to the largest scores alone. "
-    _finish(figure, "Saturation by layer", {_name(scan): data}, caption, "layer")
+    finish(figure, "Saturation by layer", {_name(scan): data}, caption, "layer")
     return figure
 
 
@@ -196,7 +196,7 @@ def plot_head_saturation(scan: xr.DataTree) -> go.Figure:
     """Distance of each head's attention to saturated attention, layers down and heads across; InputError without it."""
     data = group_of(scan, "saturation")
     values = data["total_variation"].isel(scale=0)
-    figure = _panels(["layer"], [max(0.7, 0.045 * data.sizes["layer"])])
+    figure = panels(["layer"], [max(0.7, 0.045 * data.sizes["layer"])])
     names = [[f"{i}.{j}" for j in data["head"].values] for i in data["layer"].values]
     grid = go.Heatmap(
         z=values, x=data["head"], y=data["layer"], zmin=0, zmax=1, colorscale="Viridis", reversescale=True,
@@ -212,7 +212,7 @@ def plot_head_saturation(scan: xr.DataTree) -> go.Figure:
         "score; 0 is an argmax head, or one whose largest scores tie. It misleads for heads that attend evenly on "
         "purpose: high here, and no less settled; see averaging in /heads."
     )
-    _finish(figure, "How far each head is from saturated", {_name(scan): data}, caption, "head")
+    finish(figure, "How far each head is from saturated", {_name(scan): data}, caption, "head")
     figure.update_layout(hovermode="closest")
     return figure
 

@@ -17,15 +17,15 @@ from plotly import graph_objects as go
 from metaint.errors import InputError
 from metaint.labels import label_heads
 from metaint.measures.growth import TRENDS, fit_trends
-from metaint.views.figures import (
+from metaint.views.panels import (
     COLOURS,
     GREY,
-    _draw,
-    _finish,
-    _Line,
-    _panels,
-    _short,
-    _symbol,
+    Line,
+    draw,
+    finish,
+    panels,
+    short_name,
+    symbol,
 )
 
 Recordings = Mapping[str, xr.DataTree]
@@ -48,15 +48,15 @@ def plot_norm_growth(recordings: Recordings) -> go.Figure:
     InputError where a recording has no /weights.
     """
     named = _over_root_steps(recordings, "weights", [_NORM])
-    figure = _panels(["norm of the parameters"], [1.5])
-    _draw(figure, 1, named, [_Line(_NORM, "norm", COLOURS[0])])
+    figure = panels(["norm of the parameters"], [1.5])
+    draw(figure, 1, named, [Line(_NORM, "norm", COLOURS[0])])
     for i, (name, tree) in enumerate(recordings.items()):
         steps, norms = steady_norms(tree)
         trends = fit_trends(steps, norms)
         traces: Any = figure.data
         curve = next(trace for trace in traces if trace.legendgroup in (f"scan {i}", "norm"))
         told = "  ".join(_r2(trends[key].r2) for key in TRENDS)
-        curve.update(name=f"{escape(_short(name), quote=False)}<br>R² {told}", showlegend=True)
+        curve.update(name=f"{escape(short_name(name), quote=False)}<br>R² {told}", showlegend=True)
         figure.add_trace(_fitted(steps, trends).update(line_color=curve.line.color, legendgroup=f"scan {i}"))
     caption = (
         "How to read: length of all parameters but the embeddings; a dotted line is the run's best trend, fitted "
@@ -82,14 +82,14 @@ def plot_training_saturation(recordings: Recordings) -> go.Figure:
             raise InputError(f"the recording {name} has no kappa of infinity: record with SaturationProbe((1, inf)).")
         layers = max(layers, tree["saturation"].to_dataset()["layer"].values.tolist(), key=len)
     shown = sorted({layers[round(i * (len(layers) - 1) / (_LAYERS - 1))] for i in range(_LAYERS)})
-    figure = _panels([f"similarity, layer {layer}" for layer in shown], [0.75] * len(shown))
+    figure = panels([f"similarity, layer {layer}" for layer in shown], [0.75] * len(shown))
     named: dict[str, xr.Dataset] = {}
     for row, layer in enumerate(shown, 1):
         at = {"scale": math.inf, "layer": layer}
         having = {name: tree for name, tree in recordings.items() if layer in tree["saturation"]["layer"]}
         named = _over_root_steps(having, "saturation", parts, at)
-        lines = [_Line("similarity", "similarity", COLOURS[0]), _Line("similarity_null", "null", GREY, "dash")]
-        _draw(figure, row, named, lines, explain=row == 1)
+        lines = [Line("similarity", "similarity", COLOURS[0]), Line("similarity_null", "null", GREY, "dash")]
+        draw(figure, row, named, lines, explain=row == 1)
         figure.update_yaxes(matches="y" if row > 1 else None, row=row, col=1)
     caption = (
         "How to read: mean cosine of the stream after a layer with that of the same model whose attention goes to the "
@@ -105,9 +105,9 @@ def plot_training_heads(recordings: Recordings) -> go.Figure:
     """How many heads hold the labels argmax and averaging over training. InputError where there is no /heads."""
     counts = {name: head_counts(tree) for name, tree in _checked(recordings, "heads").items()}
     named = {name: _on_root(data) for name, data in counts.items()}
-    figure = _panels(["argmax heads", "averaging heads"], [1, 1])
+    figure = panels(["argmax heads", "averaging heads"], [1, 1])
     for row, label in enumerate(("argmax", "averaging"), 1):
-        _draw(figure, row, named, [_Line(label, label, COLOURS[row - 1])])
+        draw(figure, row, named, [Line(label, label, COLOURS[row - 1])])
         figure.update_yaxes(rangemode="tozero", tickformat="d", row=row, col=1)
         _whole_numbers(figure, row, max(float(data[label].max()) for data in named.values()))
     most = sorted({data.attrs["heads"] for data in counts.values()})
@@ -129,19 +129,19 @@ def plot_slopes(table: pd.DataFrame) -> go.Figure:
     missing = {"run", "activation", "slope", "low", "high", "expected"} - set(table.columns)
     if missing or table.empty:
         raise InputError(f"table lacks {', '.join(sorted(missing)) or 'rows'}: give the slopes of a study.")
-    figure = _panels(["slope k"], [1.3])
+    figure = panels(["slope k"], [1.3])
     runs = list(dict.fromkeys(table["run"].astype(str)))
     kinds = [kind for kind in _ACTIVATIONS if kind in set(table["activation"])]
     width = 0.7 / len(runs)
     for i, run in enumerate(runs):
         rows: Any = table[table["run"] == run].set_index("activation").reindex(kinds)
         x = np.arange(len(kinds)) + (i - (len(runs) - 1) / 2) * width
-        colour, name = COLOURS[i % len(COLOURS)], escape(_short(run), quote=False)
+        colour, name = COLOURS[i % len(COLOURS)], escape(short_name(run), quote=False)
         hover = f"{name}: %{{y:.3f}} (expected %{{customdata:g}})<extra></extra>"
         figure.add_trace(
             go.Scatter(
                 x=x, y=rows["slope"], customdata=rows["expected"], hovertemplate=hover, mode="markers", name=name,
-                marker={"color": colour, "size": 9, "symbol": _symbol(i)},
+                marker={"color": colour, "size": 9, "symbol": symbol(i)},
                 error_y={
                     "type": "data", "symmetric": False, "array": rows["high"] - rows["slope"],
                     "arrayminus": rows["slope"] - rows["low"], "width": 0, "thickness": 1.5,
@@ -162,7 +162,7 @@ def plot_slopes(table: pd.DataFrame) -> go.Figure:
         "It misleads as a sign of training: the slope tells of the architecture, and departs from it only where biases "
         "or attention not yet saturated at c = 512 still count."
     )
-    _finish(figure, "Homogeneity of the trained models", {"": xr.Dataset()}, caption, "activation")
+    finish(figure, "Homogeneity of the trained models", {"": xr.Dataset()}, caption, "activation")
     figure.update_xaxes(tickvals=list(range(len(kinds))), ticktext=[_ACTIVATIONS[kind] for kind in kinds])
     figure.update_yaxes(dtick=1)
     figure.update_layout(title_subtitle_text=f"{len(runs)} run{'s' * (len(runs) > 1)}", hovermode="closest")
@@ -245,7 +245,7 @@ def _whole_numbers(figure: go.Figure, row: int, most: float) -> None:
 
 def _over_training(figure: go.Figure, title: str, named: Mapping[str, xr.Dataset], caption: str) -> None:
     """The common look, with steps as ticks of an axis of their roots."""
-    _finish(figure, title, named, caption, _AXIS)
+    finish(figure, title, named, caption, _AXIS)
     last = max(float(data["step"].max()) for data in named.values()) ** 2
     ticks = sorted({0.0, *(float(f"{max(1, last * (i / 6) ** 2):.1g}") for i in range(1, 6)), last})
     if len(ticks) > 2 and np.sqrt(last) - np.sqrt(ticks[-2]) < 0.06 * np.sqrt(last):

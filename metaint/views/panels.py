@@ -1,0 +1,215 @@
+"""How every figure looks: panels above each other, lines with bands, a legend beside and a caption below.
+
+In: datasets by name. Out: plotly figures of a fixed width, for `views/figures.py` and its neighbours.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; without its yellow, too pale for a line.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS, GREY = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#222222"), "#767676"
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
+# Pixels: the figure, a panel of height 1, margins, a line of the caption and where it starts below the panels.
+WIDTH, _PANEL, _LEFT, _TOP, _LINE, _CAPTION_AT = 900, 270, 76, 84, 17, 58
+# Characters: a line of the caption, a line of a legend, and the longest name; layers up to which points are marked.
+_CAPTION_WRAP, _NAME_WRAP, _NAME_SHOWN, _MARKED = 146, 22, 60, 16
+
+
+class Line(NamedTuple):
+    """One variable to draw, with the colour it has where there is one scan (several are told apart by colour)."""
+
+    variable: str
+    label: str
+    colour: str
+    dash: str = "solid"
+
+
+def there(data: xr.Dataset, name: str) -> bool:
+    return name in data and bool(data[name].notnull().any())
+
+
+def symbol(i: int) -> str:
+    """Colours come round again after the seventh scan; then the markers differ."""
+    return _SYMBOLS[i // len(COLOURS) % len(_SYMBOLS)]
+
+
+def panels(titles: Sequence[str], heights: Sequence[float]) -> go.Figure:
+    """Panels above each other along one x axis; a height of 1 is `_PANEL` pixels."""
+    inside = _PANEL * sum(heights)
+    gap = 26 / inside
+    figure = make_subplots(
+        len(titles), 1, shared_xaxes=True, vertical_spacing=gap, row_heights=[h / sum(heights) for h in heights]
+    )
+    for row, title in enumerate(titles, 1):
+        figure.update_yaxes(title_text=title, row=row, col=1)
+    figure.update_layout(height=inside)
+    return figure
+
+
+def draw(
+    figure: go.Figure, row: int, named: Mapping[str, xr.Dataset], lines: Sequence[Line], explain: bool = True
+) -> None:
+    """The lines of every scan with their bands, in one panel, and if it is to `explain` them in a legend of its own.
+
+    One scan: a colour for each line. Several: a colour for each scan, named in the first panel's legend, and dashes
+    for the lines, explained in grey.
+    """
+    several = len(named) > 1
+    own = "legend" if row == 1 or not explain else f"legend{row}"
+    for i, (name, data) in enumerate(named.items()):
+        for j, line in enumerate(lines):
+            if not there(data, line.variable):
+                continue
+            common: dict[str, Any] = {"legendgroup": f"scan {i}" if several else line.label}
+            common["legend"] = "legend" if several else own
+            colour = COLOURS[i % len(COLOURS)] if several else line.colour
+            if there(data, f"{line.variable}_low"):
+                figure.add_trace(_band(data, line.variable, colour).update(common), row=row, col=1)
+            curve = _curve(data, line, f"{name}, {line.label}" if several else line.label, colour).update(common)
+            curve.update(name=wrapped(name if several else line.label), marker_symbol=symbol(i))
+            curve.showlegend = explain and (not several or (row == 1 and j == 0))
+            figure.add_trace(curve, row=row, col=1)
+    if several and explain and len(lines) > 1:
+        for line in lines:
+            style = {"color": GREY, "dash": line.dash}
+            key = go.Scatter(x=[None], y=[None], mode="lines", line=style, name=wrapped(line.label), legend=own)
+            figure.add_trace(key, row=row, col=1)
+
+
+def stripe(figure: go.Figure, row: int, null: float, blocks: int) -> None:
+    """Where cosines of unrelated directions lie; a trace and no shape, so that the axis makes room for it."""
+    ends = [-0.5, blocks - 0.5]
+    stripe = go.Scatter(x=[*ends, *ends[::-1]], y=[null, null, -null, -null], mode="lines", fill="toself")
+    stripe.update(fillcolor="rgba(118, 118, 118, 0.13)", line_width=0, hoverinfo="skip", legend=f"legend{row}")
+    figure.add_trace(stripe.update(name=wrapped("unrelated directions"), showlegend=True), row=row, col=1)
+
+
+def log_axis(figure: go.Figure, row: int) -> None:
+    axis = "y" if row == 1 else f"y{row}"
+    traces: Any = figure.data
+    drawn = np.concatenate([t.y for t in traces if t.yaxis == axis and t.y[0] is not None])
+    figure.update_yaxes(log_scale(drawn), row=row, col=1)
+
+
+def log_scale(drawn: np.ndarray) -> dict[str, Any]:
+    """A log axis with ticks at 1, 2 and 5; where the values lie close together plotly's own ticks do better."""
+    ticks = {"dtick": "D2", "tickformat": "~g"} if np.nanmax(drawn) > 5 * np.nanmin(drawn) else {}
+    return {"type": "log", **ticks}
+
+
+def rule(figure: go.Figure, row: int, at: float) -> None:
+    figure.add_hline(at, row=row, col=1, line={"color": GREY, "width": 1}, layer="below")  # type: ignore[arg-type]
+
+
+def _curve(data: xr.Dataset, line: Line, told: str, colour: str) -> go.Scatter:
+    values = data[line.variable]
+    x, y = _along(values), values.values
+    hover = f"{escape(told)}: %{{y:.4g}}"
+    interval = None
+    if there(data, f"{line.variable}_low"):
+        interval = np.stack([data[line.variable + end].values for end in ("_low", "_high")], -1)
+        hover += " (%{customdata[0]:.4g} to %{customdata[1]:.4g})"
+    return go.Scatter(
+        x=x,
+        y=y,
+        customdata=interval,
+        hovertemplate=hover + "<extra></extra>",
+        mode="lines+markers" if len(x) <= _MARKED else "lines",
+        line={"color": colour, "dash": line.dash, "width": 2},
+        marker={"color": colour, "size": 6},
+    )
+
+
+def _band(data: xr.Dataset, variable: str, colour: str) -> go.Scatter:
+    """What lies between `_low` and `_high`; a single point is drawn a little wide, or it would have no area."""
+    low, high = data[f"{variable}_low"], data[f"{variable}_high"]
+    kept = (low.notnull() & high.notnull()).values
+    x, low, high = _along(low)[kept], low.values[kept], high.values[kept]
+    if len(x) == 1:
+        x, low, high = np.array([x[0] - 0.1, x[0] + 0.1]), low.repeat(2), high.repeat(2)
+    return go.Scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([high, low[::-1]]),
+        mode="lines",
+        fill="toself",
+        fillcolor=f"rgba({', '.join(str(int(colour[k : k + 2], 16)) for k in (1, 3, 5))}, 0.13)",
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _along(values: xr.DataArray) -> np.ndarray:
+    """The layers or blocks that a variable runs along."""
+    return values[values.dims[0]].values
+
+
+def finish(figure: go.Figure, title: str, named: Mapping[str, xr.Dataset], caption: str, x_title: str) -> None:
+    """The common look: title, x axis, legends right of their panels, and the caption below all."""
+    rows = sorted(axis for axis in figure.layout if axis.startswith("yaxis"))
+    for row, axis in enumerate(rows, 1):
+        top = figure.layout[axis].domain[1]
+        figure.layout["legend" if row == 1 else f"legend{row}"] = {"x": 1.02, "y": top, "yanchor": "top"}
+    lines = textwrap.wrap(caption, _CAPTION_WRAP)
+    below = _CAPTION_AT + _LINE * len(lines) + 14
+    figure.update_layout(
+        template="plotly_white",
+        width=WIDTH,
+        height=figure.layout.height + _TOP + below,
+        margin={"l": _LEFT, "r": 30, "t": _TOP, "b": below},
+        title={"text": title, "x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 18}},
+        title_subtitle={"text": _facts(named), "font": {"color": GREY}},
+        font_family="Arial, Helvetica, sans-serif",  # the caption is wrapped for its width
+        modebar_remove=["sendChartToCloud", "select", "lasso"],  # a click on the first would upload the figure
+        hovermode=figure.layout.hovermode or "x unified",
+    )
+    figure.update_yaxes(automargin=False, title_standoff=8, zeroline=False)
+    figure.update_xaxes(zeroline=False)
+    figure.update_xaxes(title_text=x_title, row=len(rows), col=1)
+    if x_title in ("layer", "block"):
+        longest = max(data.sizes[x_title] for data in named.values())
+        figure.update_xaxes(tick0=0, dtick=next(step for step in (1, 2, 5, 10, 20, 50, 100) if longest <= 14 * step))
+    figure.add_annotation(
+        text="<br>".join(lines),
+        name="caption",
+        x=0,
+        y=0,
+        xref="paper",
+        yref="paper",
+        xanchor="left",
+        yanchor="top",
+        xshift=12 - _LEFT,
+        yshift=-_CAPTION_AT,
+        align="left",
+        showarrow=False,
+        font={"size": 12, "color": "#444444"},
+    )
+
+
+def _facts(named: Mapping[str, xr.Dataset]) -> str:
+    """What was read, in a line under the title."""
+    if len(named) == 1:
+        name, data = next(iter(named.items()))
+        tokens, sequences = (int(data.attrs.get(key, 0)) for key in ("tokens_seen", "sequences"))
+        return (
+            f"{escape(short_name(name), quote=False)}: {tokens} tokens in {sequences} sequence{'s' * (sequences != 1)}"
+        )
+    counts = sorted(int(data.attrs.get("tokens_seen", 0)) for data in named.values())
+    return f"{len(named)} scans of {counts[0]}{'' if counts[0] == counts[-1] else f' to {counts[-1]}'} tokens"
+
+
+def wrapped(name: str) -> str:
+    return "<br>".join(textwrap.wrap(escape(short_name(name), quote=False), _NAME_WRAP))
+
+
+def short_name(name: str) -> str:
+    """The end of a name too long to print: folders differ there."""
+    return name if len(name) <= _NAME_SHOWN else f"…{name[-_NAME_SHOWN:]}"
