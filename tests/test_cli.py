@@ -272,7 +272,7 @@ def test_the_norm_growth_lab_trains_and_goes_on(run, tmp_path):
     ],
 )
 def test_a_norm_growth_lab_that_can_not_be_is_one_sentence(run, tmp_path, arguments, words):
-    code, out, err = run("lab", "norm-growth", *arguments, "--out", tmp_path / "lab")
+    code, _, err = run("lab", "norm-growth", *arguments, "--out", tmp_path / "lab")
     assert code == 2
     assert words in err
     assert err.count("\n") == 1

@@ -110,7 +110,7 @@ def _of_layers(data: xr.Dataset) -> list[tuple[str, list[str]]]:
 def _published(data: xr.Dataset) -> list[tuple[str, list[str]]]:
     """By head: the published counts of attended positions beside those under a true mask."""
     layers, heads = data["layer"].values, range(data["attended_mean"].sizes["head"])
-    published = data["similarity_published"].values
+    published = data["similarity_published"].values.tolist()
     return [
         ("head", [f"{i}.{j}" for i in layers for j in heads]),
         ("mean", _numbers(data["attended_mean"])),
