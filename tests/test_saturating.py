@@ -77,6 +77,15 @@ def test_slopes_of_each_placement_of_the_norm(norm, style, act):
     check_slopes(found, expected)
 
 
+@pytest.mark.skipif("hooked" not in available_kinds(), reason="no HookedTransformer")
+@pytest.mark.parametrize(("kind", "norm", "style"), [("hooked", "LNPre", ""), ("hooked-rotary", "RMSPre", ", gated")])
+def test_slopes_of_folded_gains(kind, norm, style):
+    model = build(kind, normalization_type=norm).to(torch.float64)
+    with pytest.raises(InputError, match="folded"):
+        sweep(model, random_tokens(model, 2, 12))
+    check_slopes(sweep(model, random_tokens(model, 2, 12), allow_folded=True), EXPECTED_SLOPES[f"folded{style}"])
+
+
 @pytest.mark.parametrize("kind", [k for k in ("gpt2", "hooked") if k in available_kinds()])
 def test_slopes_where_queries_and_keys_alone_are_scaled(kind):
     model = build(kind).to(torch.float64)

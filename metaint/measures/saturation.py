@@ -23,8 +23,6 @@ KAPPAS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0, math.inf)
 TIE = 1e-5
 # A log histogram of score gaps: four bins an octave from 2^-9 to 2^7; what lies outside falls into the end bins.
 GAP_BINS, _GAP_LOWEST, _PER_OCTAVE = 64, -9, 4
-# A gap that leaves no weight in float32 counts as this.
-_WIDEST = -math.log(torch.finfo(torch.float32).tiny)
 # The published count of attended positions: a weight above this (norm-growth `saturate.py`).
 ATTENDED = 1e-5
 
@@ -205,15 +203,15 @@ def homogeneity_slope(
     return (large / small).log() / math.log(c_large / c_small)
 
 
-# Slopes for all parameters scaled, gains on, by block style; measured in float64 on small random models, or (*) derived
-# by the same counting. "stream" is after the first block. Not the paper's table: its pre-norm is "output" here.
+# Slopes for all parameters scaled, gains on, by block style, as measured in float64 on small random models ("folded":
+# gains of 1 that are no parameters). "stream": after the first block. Not the paper's table: its pre-norm is "output".
 EXPECTED_SLOPES: dict[str, dict[str, float]] = {
     "pre": {"embedding": 1, "scores": 4, "attn_write": 3, "mlp_write": 3, "stream": 3},
     "pre, gated": {"embedding": 1, "scores": 4, "attn_write": 3, "mlp_write": 5, "stream": 5},
     "output": {"embedding": 1, "scores": 4, "attn_write": 1, "mlp_write": 1, "stream": 1},
     "post": {"embedding": 1, "scores": 4, "attn_write": 3, "mlp_write": 3, "stream": 1},
-    "folded": {"embedding": 1, "scores": 2, "attn_write": 2, "mlp_write": 2, "stream": 2},  # (*)
-    "folded, gated": {"embedding": 1, "scores": 2, "attn_write": 2, "mlp_write": 3, "stream": 3},  # (*)
+    "folded": {"embedding": 1, "scores": 2, "attn_write": 2, "mlp_write": 2, "stream": 2},
+    "folded, gated": {"embedding": 1, "scores": 2, "attn_write": 2, "mlp_write": 3, "stream": 3},
     "queries and keys": {"embedding": 0, "scores": 2, "attn_write": 0, "mlp_write": 0, "stream": 0},
 }
 
