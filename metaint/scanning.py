@@ -26,14 +26,22 @@ def attach(model: Any, *probes: Probe) -> Iterator[Any]:
     themselves. Yields the probe (a tuple if there are several). On the way out, also by an exception, every hook is
     gone and what was read stays in the probes.
     """
+    with _attached(model, probes, private=False):
+        yield probes[0] if len(probes) == 1 else probes
+
+
+@contextmanager
+def _attached(model: Any, probes: Sequence[Probe], private: bool) -> Iterator[None]:
+    """`private`: nobody else wants the logits of these passes, so they are made where probes look at them."""
     if not probes:
-        raise InputError("attach got no probe: pass one, such as metaint.HeadProbe().")
+        raise InputError("probes is empty: pass one, such as metaint.HeadProbe().")
     for probe in probes:  # before anything watches: the audit runs passes of its own
         probe.prepare(model)
     with watching(model) as watch:
+        watch.private = private
         hooks = [hook for probe in probes for hook in probe.hooks(model, watch)]
         with model.hooks(fwd_hooks=hooks):
-            yield probes[0] if len(probes) == 1 else probes
+            yield
 
 
 def scan(
@@ -68,7 +76,7 @@ def scan(
     size = max(1, batch_size // copies)
     starts = range(0, len(tokens), size)
     wanted = "logits" if any(probe.reads_logits for probe in probes) else None
-    with steady(model), attach(model, *probes):
+    with steady(model), _attached(model, probes, private=True):
         for start in tqdm(starts, desc="scan", disable=not progress, leave=False):
             rows = slice(start, start + size)
             padding = {} if mask is None else {"attention_mask": mask[rows].repeat(copies, 1)}

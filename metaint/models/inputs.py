@@ -31,6 +31,10 @@ class InputWatch:
         self.passes = 0
         self.copies = 1
         self.readers: list[Callable[[Tensor], None]] = []
+        # Where nobody but readers wants the logits of the passes, the positions [copies, sample] they are made at.
+        self.private = False
+        self.logits_at: Tensor | None = None
+        self.gathered = False
         self._new: Tensor | None = None
         self._mask: Tensor | None = None
         self._past: int | None = None
@@ -40,6 +44,7 @@ class InputWatch:
     def begin(self, tokens: Tensor | None, mask: Tensor | None = None, past: int | None = None) -> None:
         """A forward pass starts with these new tokens (None: embeddings, which have no ids)."""
         self.passes += 1
+        self.logits_at, self.gathered = None, False
         new = tokens if tokens is None or tokens.ndim == 2 else tokens.unsqueeze(0)
         self._new = None if new is None else self._first_copy(new)
         self._mask, self._past = None if mask is None else self._first_copy(mask), past
@@ -150,6 +155,13 @@ def watching(model: Any) -> Iterator[InputWatch]:
             # HookedTransformer caps what its unembedding gives, the wrapped models cap their own.
             reader(cap * torch.tanh(logits / cap) if cap > 0 and module is not wrapped else logits)
 
+    def on_unembed(_: Any, args: tuple) -> tuple | None:
+        where = watch.logits_at
+        if where is None or not args or args[0].shape[:1] != where.shape[:1]:
+            return None
+        watch.gathered = True
+        return (args[0][torch.arange(len(where), device=where.device)[:, None], where], *args[1:])
+
     wrapped = getattr(model, "original_model", None)
     with ExitStack() as stack:
         if wrapped is not None:
@@ -158,7 +170,10 @@ def watching(model: Any) -> Iterator[InputWatch]:
             stack.callback(model.blocks[0].register_forward_pre_hook(on_block, with_kwargs=True).remove)
         if hasattr(model, "embed"):
             stack.callback(model.embed.register_forward_pre_hook(on_embed, with_kwargs=True).remove)
-        last = wrapped if wrapped is not None else getattr(model, "unembed", None)
+        unembed = getattr(model, "unembed", None)
+        if unembed is not None:
+            stack.callback(unembed.register_forward_pre_hook(on_unembed).remove)
+        last = wrapped if wrapped is not None else unembed
         if last is not None:
             stack.callback(last.register_forward_hook(on_output).remove)
         yield watch

@@ -151,6 +151,8 @@ class SaturationProbe(Probe):
                 f"this forward pass continues {rows.past} cached positions: a SaturationProbe compares whole sequences."
             )
         self._rows, self._held = rows, {}
+        if watch.private:
+            watch.logits_at = rows.index.repeat(self.copies, 1)
         batch, queries = rows.real.shape
         keys = torch.arange(queries, device=activation.device)
         tokens = keys.expand(batch, -1) if rows.tokens is None else rows.tokens
@@ -272,13 +274,16 @@ class SaturationProbe(Probe):
     def _read_logits(self, logits: Tensor, watch: InputWatch) -> None:
         """Compare predictions at the sampled positions, one sequence at a time."""
         rows = self._rows
-        if rows is None or logits.shape[:2] != (self.copies * len(rows.real), rows.real.shape[1]):
+        if rows is None or len(logits) != self.copies * len(rows.real):
+            return
+        if logits.shape[1] != (rows.index if watch.gathered else rows.real).shape[1]:
             return
         with quietly(logits.device.type):
             for b in range(len(rows.real)):
                 places = rows.index[b, rows.sampled[b]]
                 if len(places):
-                    copies = logits.detach()[b :: len(rows.real), places]
+                    at = rows.sampled[b].nonzero().squeeze(-1) if watch.gathered else places
+                    copies = logits.detach()[b :: len(rows.real), at]
                     target = None
                     if rows.tokens is not None and self.shape is not None and self.shape.causal:
                         target = rows.tokens[b, places + 1]

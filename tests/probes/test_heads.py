@@ -331,5 +331,5 @@ def test_a_model_without_patterns_is_refused(gpt2):
 
 
 def test_attach_needs_a_probe(gpt2):
-    with pytest.raises(InputError, match="attach got no probe"), metaint.attach(gpt2):
+    with pytest.raises(InputError, match="probes is empty"), metaint.attach(gpt2):
         pass
