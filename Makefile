@@ -26,6 +26,7 @@ test-fast: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/residual.py
+	$(BIN)/python benchmarks/saturation.py
 
 # TransformerLens 3.9: HookedTransformer and the bridge side by side.
 .venv-tl3/installed: pyproject.toml constraints-tl3.txt

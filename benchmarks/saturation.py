@@ -1,9 +1,10 @@
 """What the sweeps of saturation cost: seven kappas in one pass, and all parameters at eleven scales.
 
-    python benchmarks/saturation.py [--length 512] [--rounds 3] [--sequences 1]
+    python benchmarks/saturation.py [--length 256] [--rounds 3] [--sequences 8]
 
 On a random model of GPT-2-small's shape. The kappa sweep is held against the plain forward pass and against what one
-would do without stacking, a pass with edited attention for each kappa. The sweep of all parameters is held against
+would do without stacking, a pass with edited attention for each kappa; every pass has as many sequences, copies
+counted, since a larger batch costs more a sequence on a CPU. The sweep of all parameters is held against
 copying the model for each scale. Ratios are medians over the rounds of each round's ratio (lowest to highest); peak
 memory is that of a process of its own above the plain forward pass.
 """
@@ -98,7 +99,7 @@ def variants(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
     scales = tuple(2.0**i for i in range(1, 11))
     return {
         "forward": lambda: model(tokens, return_type="logits"),
-        "SaturationProbe, 7 kappas": lambda: metaint.scan(model, tokens, [metaint.SaturationProbe()], batch_size=100),
+        "SaturationProbe, 7 kappas": lambda: metaint.scan(model, tokens, [metaint.SaturationProbe()]),
         "a pass for each kappa": lambda: separate(model, tokens, KAPPAS),
         "saturate, all-params, 11 scales": lambda: metaint.saturate(model, tokens, scales, "all-params"),
         "a copy for each scale": lambda: copied(model, tokens, scales),
@@ -155,8 +156,8 @@ def compare(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--sequences", type=int, default=1)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
