@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from metaint.errors import InputError, StoreError
 from metaint.models.describe import facts_of
-from metaint.models.tokens import check_tokens
+from metaint.models.tokens import check_tokens, encoded
 from metaint.probes.probe import Probe
 from metaint.records import append, create, groups_of, layout_of, root_of, trim, with_step, writing
 from metaint.scanning import default_tokens, scan
@@ -65,8 +65,7 @@ class Recorder:
         self._wanted = _chooser(every)
         task = "repeated_tokens" if tokens is None else "given"
         tokens = default_tokens(model, seed=seed) if tokens is None else tokens
-        tokens = model.to_tokens(tokens) if isinstance(tokens, str) else tokens
-        tokens = check_tokens(model, tokens)[0].clone()
+        tokens = check_tokens(model, encoded(model, tokens))[0].clone()
         digest = hashlib.sha256(tokens.long().cpu().numpy().tobytes()).hexdigest()[:16]
         facts = {"task": task, "tokens_sha256": digest, "probes": sorted(probe.group for probe in self._probes)}
         facts = json.loads(json.dumps({**facts, **(attributes or {})}, default=str))

@@ -24,7 +24,7 @@ from metaint.models.invariants import score_hooks
 from metaint.models.parameters import chosen
 from metaint.models.reading import steady
 from metaint.models.scaled_pass import Batch, ScaledPass, published_pass, scaled_pass
-from metaint.models.tokens import check_tokens, starts_with_bos
+from metaint.models.tokens import check_tokens, encoded, starts_with_bos
 from metaint.probes.probe import as_scan
 from metaint.probes.saturation import SaturationProbe
 from metaint.scanning import default_tokens, scan
@@ -75,7 +75,7 @@ def saturate(
     """
     facts = {"task": "repeated_tokens" if tokens is None else "given", **(attributes or {})}
     tokens = default_tokens(model, seed=seed) if tokens is None else tokens
-    tokens = model.to_tokens(tokens) if isinstance(tokens, str) else tokens
+    tokens = encoded(model, tokens)
     if mode == "scores":
         if faithful:
             raise InputError('faithful is True, and mode is "scores": the published estimator needs mode="all-params".')

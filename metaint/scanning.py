@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from metaint.errors import InputError
 from metaint.models.inputs import InputWatch, watching
 from metaint.models.reading import steady
-from metaint.models.tokens import check_tokens, first_id, starts_with_bos
+from metaint.models.tokens import check_tokens, encoded, first_id, starts_with_bos
 from metaint.probes.heads import HeadProbe
 from metaint.probes.probe import Probe, assemble, quietly
 
@@ -67,9 +67,7 @@ def scan(
     facts: dict[str, Any] = {"task": "repeated_tokens" if tokens is None else "given", **(attributes or {})}
     if tokens is None:
         tokens = default_tokens(model, seed=seed)
-    elif isinstance(tokens, str):
-        tokens = model.to_tokens(tokens)
-    tokens, mask = check_tokens(model, tokens, attention_mask)
+    tokens, mask = check_tokens(model, encoded(model, tokens), attention_mask)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
     copies = max((probe.copies for probe in probes), default=1)
@@ -98,6 +96,11 @@ def read_cache(
     measures that match tokens are not a number.
     """
     probes = [HeadProbe()] if probes is None else list(probes)
+    if not hasattr(cache, "model"):
+        raise InputError(
+            f"cache is a {type(cache).__name__}: pass the ActivationCache of a model's run_with_cache (of a plain dict, "
+            "ActivationCache(dict, model))."
+        )
     watch = InputWatch()
     if tokens is None and "embed.hook_in" in cache:
         tokens = cache["embed.hook_in"]

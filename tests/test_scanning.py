@@ -8,6 +8,7 @@ import torch
 
 import metaint
 from metaint.errors import InputError
+from metaint.models.small import small_transformer
 from metaint.scanning import default_tokens, text_tokens
 from metaint.tasks import repeated_tokens
 from tests.builders import available_kinds, build
@@ -126,3 +127,11 @@ def test_a_model_of_one_layer_and_one_head():
     assert found["inner"]["loss_decrease"].shape == (1,)
     assert found["saturation"]["similarity"].shape == (7, 1)
     assert found["weights"]["qk_norm"].shape == (1, 1)
+
+
+def test_a_model_without_a_tokenizer_and_a_plain_cache_are_one_sentence():
+    model = small_transformer(norm="pre", n_layers=1, n_heads=2, d_model=8, d_mlp=8, d_vocab=20, n_ctx=16)
+    with pytest.raises(InputError, match="SmallTransformer has no to_tokens: pass token ids"):
+        metaint.scan(model, "a text")
+    with pytest.raises(InputError, match="cache is a dict: pass the ActivationCache"):
+        metaint.read_cache({})

@@ -29,6 +29,15 @@ def starts_with_bos(model: Any, tokens: Tensor, mask: Tensor | None) -> bool:
     return bos_id(model) is not None and bool((tokens.cpu()[torch.arange(len(tokens)), first] == bos_id(model)).all())
 
 
+def encoded(model: Any, tokens: Tensor | str) -> Tensor:
+    """Token ids, of a text by the model's own tokenizer; InputError if it has none."""
+    if not isinstance(tokens, str):
+        return tokens
+    if not hasattr(model, "to_tokens"):
+        raise InputError(f"tokens is a text, and a {type(model).__name__} has no to_tokens: pass token ids.")
+    return model.to_tokens(tokens)
+
+
 def check_tokens(model: Any, tokens: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
     """Tokens and mask on the model's device, or one sentence on what is wrong with them."""
     if not isinstance(tokens, Tensor):
