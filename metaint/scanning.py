@@ -98,7 +98,7 @@ def read_cache(
     probes = [HeadProbe()] if probes is None else list(probes)
     if not hasattr(cache, "model"):
         raise InputError(
-            f"cache is a {type(cache).__name__}: pass the ActivationCache of a model's run_with_cache (of a plain dict, "
+            f"cache is a {type(cache).__name__}: pass a model's ActivationCache (of a plain dict, "
             "ActivationCache(dict, model))."
         )
     watch = InputWatch()
