@@ -133,5 +133,5 @@ def test_a_model_without_a_tokenizer_and_a_plain_cache_are_one_sentence():
     model = small_transformer(norm="pre", n_layers=1, n_heads=2, d_model=8, d_mlp=8, d_vocab=20, n_ctx=16)
     with pytest.raises(InputError, match="SmallTransformer has no to_tokens: pass token ids"):
         metaint.scan(model, "a text")
-    with pytest.raises(InputError, match="cache is a dict: pass the ActivationCache"):
+    with pytest.raises(InputError, match="cache is a dict: pass a model's ActivationCache"):
         metaint.read_cache({})
