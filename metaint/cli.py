@@ -90,7 +90,7 @@ def scan(
     prose = read_text(text) if text is not None else None
     opened = open_model(model, revision, checkpoint, device, dtype)
     import metaint
-    from metaint import save, scan
+    from metaint import scan
     from metaint.scanning import default_tokens, text_tokens
 
     if prose is not None:
@@ -104,12 +104,7 @@ def scan(
     found = scan(
         opened, batch, readers, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), attributes=source
     )
-    if out is not None:
-        save(found, out)
-    if figures is not None:
-        from metaint.views.page import write_page
-
-        write_page(_figures(found), figures, f"metaint: {found.attrs['model']}")
+    _keep(found, out, figures)
     if as_json or as_csv:
         print(_as_text(found, chosen, as_json))
     else:
@@ -170,12 +165,7 @@ def saturate(
         source = {"task": "text", "source": str(text)}
     options = {"batch_size": batch_size, "seed": seed, "progress": sys.stderr.isatty(), "attributes": source}
     found = metaint.saturate(opened, batch, factors, mode, faithful=faithful, **options)
-    if out is not None:
-        metaint.save(found, out)
-    if figures is not None:
-        from metaint.views.page import write_page
-
-        write_page(_figures(found), figures, f"metaint: {found.attrs['model']}")
+    _keep(found, out, figures)
     if as_json:
         print(_as_text(found, ["saturation"], True))
         return
@@ -250,6 +240,18 @@ def _as_text(found: Any, chosen: list[str], as_json: bool) -> str:
     frames = {"saturation": saturation_frame, "weights": weights_frame}
     frame = frames.get(chosen[0], lambda scan: layer_frame(scan, chosen[0]))
     return (to_csv(found) if chosen == ["heads"] else frame(found).to_csv(index=False)).rstrip("\n")
+
+
+def _keep(found: Any, out: Path | None, figures: Path | None) -> None:
+    """Save a scan, and its figures, where the options ask for it."""
+    if out is not None:
+        from metaint import save
+
+        save(found, out)
+    if figures is not None:
+        from metaint.views.page import write_page
+
+        write_page(_figures(found), figures, f"metaint: {found.attrs['model']}")
 
 
 def _figures(found: Any) -> dict[str, Any]:

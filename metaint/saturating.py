@@ -158,12 +158,10 @@ class _Sweep:
         whole = {scale: _gather(parts) for scale, parts in self.found.items()}
         base, sequences = whole[1.0], len(whole[1.0]["count"])
         variables = [_at_scale(base, found, sequences) for found in whole.values()]
-        heads = {name for found in variables for name in found}
         data = xr.Dataset(
             {
                 name: (("scale", "layer")[: 1 + found.ndim], torch.stack([v[name] for v in variables]).cpu().numpy())
-                for name in sorted(heads)
-                for found in [variables[0][name]]
+                for name, found in sorted(variables[0].items())
             },
             coords={"scale": list(self.scales), "layer": range(int(self.model.cfg.n_layers))},
         )

@@ -75,7 +75,9 @@ def scan(
     starts = range(0, len(tokens), size)
     wanted = "logits" if any(probe.reads_logits for probe in probes) else None
     with steady(model), _attached(model, probes, private=True):
-        for start in tqdm(starts, desc="scan", disable=not progress, leave=False):
+        # A probe of the weights alone needs no pass.
+        hooked = any(probe.shape and probe.hook_names(probe.shape) for probe in probes)
+        for start in tqdm(starts if hooked else (), desc="scan", disable=not progress, leave=False):
             rows = slice(start, start + size)
             padding = {} if mask is None else {"attention_mask": mask[rows].repeat(copies, 1)}
             model(tokens[rows].repeat(copies, 1), return_type=wanted, **padding)

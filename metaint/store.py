@@ -55,5 +55,17 @@ def load(path: str | Path) -> xr.DataTree:
     return scan
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that an earlier one stays until the new one is whole; or StoreError."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path} could not be written ({error.strerror or error}).") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def _is_store(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in ("zarr.json", ".zgroup"))

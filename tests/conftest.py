@@ -17,6 +17,7 @@ with install_import_hook(["metaint.measures"], "beartype.beartype"):
     import metaint.measures.positions
     import metaint.measures.resampling
     import metaint.measures.saturation
+    import metaint.measures.sharpening
 
 import metaint
 from metaint.tasks import repeated_tokens

@@ -135,3 +135,10 @@ def test_a_model_without_a_tokenizer_and_a_plain_cache_are_one_sentence():
         metaint.scan(model, "a text")
     with pytest.raises(InputError, match="cache is a dict: pass a model's ActivationCache"):
         metaint.read_cache({})
+
+
+def test_weights_alone_need_no_pass(gpt2, repeated, monkeypatch):
+    first = metaint.scan(gpt2, repeated, [metaint.WeightProbe()])  # and its audit
+    monkeypatch.setattr(type(gpt2), "forward", lambda *_, **__: pytest.fail("a pass was made"))
+    again = metaint.scan(gpt2, repeated, [metaint.WeightProbe()])
+    assert again["weights"]["total_norm"] == first["weights"]["total_norm"] > 0

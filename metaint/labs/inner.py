@@ -25,7 +25,7 @@ from metaint.models.tokens import starts_with_bos
 from metaint.probes.inner import InnerProbe
 from metaint.probes.residual import ResidualProbe
 from metaint.scanning import scan
-from metaint.store import save
+from metaint.store import save, write_text
 from metaint.tasks import bigram
 from metaint.tasks.text import fold_prose, python_prose
 from metaint.views.tables import number, plain_table
@@ -217,22 +217,11 @@ def run(console: Console, model: Any, tokens: Tensor, out: Path, title: str, **a
     found = study(model, tokens, **arguments)
     print_verdicts(console, found.verdicts, title)
     write_page(stream_figures(found.scans), out / "figures.html", f"Inner optimisation: {title}")
-    _write(out / "verdicts.csv", found.verdicts.to_csv(index=False))
+    write_text(out / "verdicts.csv", found.verdicts.to_csv(index=False))
     for name, tree in found.scans.items():
         save(tree, out / f"{name.replace(' ', '-')}.zarr")
     console.print(f"figures, verdicts and scans are in {out}\n")
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.new")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path} could not be written ({error.strerror or error}).") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def print_verdicts(console: Console, verdicts: pd.DataFrame, title: str) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 from rich.console import Console
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError
 from metaint.labs.norm_findings import describe, facts_of_run, print_findings, slopes_of
 from metaint.labs.norm_training import (
     NORMS,
@@ -28,6 +28,7 @@ from metaint.labs.norm_training import (
     settings_of,
     train_run,
 )
+from metaint.store import write_text
 
 __all__ = ["Findings", "Settings", "run", "study", "train_run"]
 
@@ -133,18 +134,7 @@ def run(console: Console, out: str | Path, text: str | None = None, **arguments:
     found = study(out, text, on_run=lambda told: console.print(told, style="dim", markup=False), **arguments)
     print_findings(console, found.summary)
     write_page(training_figures(found.recordings, found.slopes), out / "figures.html", "Norm growth in training")
-    _write(out / "summary.csv", found.summary.to_csv(index=False))
-    _write(out / "slopes.csv", found.slopes.to_csv(index=False))
+    write_text(out / "summary.csv", found.summary.to_csv(index=False))
+    write_text(out / "slopes.csv", found.slopes.to_csv(index=False))
     console.print(f"figures, tables and recordings are in {out}\n", markup=False)
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.new")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path} could not be written ({error.strerror or error}).") from error
-    finally:
-        aside.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ fused projections they were split from (`qkv` beside q, k, v), in GPT-2 as the s
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -94,14 +94,16 @@ def chosen(model: Any, select: Select = "all", *, allow_folded: bool = False) ->
         raise InputError(f'select is {select!r}: choose "all", "attention", or a function of name and parameter.')
     if not found:
         raise InputError(f"select chose none of the model's {len(named)} parameters, such as {next(iter(named), '')}.")
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    quantised = next((name for name, parameter in found.items() if not parameter.is_floating_point()), None)
-    if quantised or getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            f"model has quantised weights ({quantised or 'by its configuration'}), which can't be scaled: open it in "
-            "float32 or float64."
-        )
+    if why := quantised(model, found):
+        raise InputError(f"model has quantised weights ({why}), which can't be scaled: open it in float32 or float64.")
     return found
+
+
+def quantised(model: Any, parameters: Mapping[str, Tensor]) -> str:
+    """What tells that weights are quantised: the name of one, or the configuration; empty if they are not."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    first = next((name for name, parameter in parameters.items() if not parameter.is_floating_point()), "")
+    return first or ("by its configuration" if getattr(config, "quantization_config", None) is not None else "")
 
 
 @contextmanager

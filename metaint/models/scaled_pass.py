@@ -50,7 +50,8 @@ class ScaledPass(NamedTuple):
 
 
 class PublishedPass(NamedTuple):
-    """The stream after each block at every position, and each head's counts of attended positions: see `Counts`."""
+    """The stream after each block at every position, and each head's sums of n, n², n > 1 and 1 over queries, n the
+    positions it attends to."""
 
     stream: Float[Tensor, "layer batch position d_model"]
     counts: Float[Tensor, "statistic layer head"]

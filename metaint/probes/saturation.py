@@ -5,9 +5,9 @@ that of its own scores times one kappa; the copies are compared with the first i
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import xarray as xr
@@ -18,7 +18,8 @@ from torchmetrics.utilities import dim_zero_cat
 from metaint.errors import ActivationError, InputError
 from metaint.measures import saturation
 from metaint.measures.resampling import bootstrap_interval
-from metaint.measures.tile import BLOCK_CPU, BLOCK_DEVICE, TAUS, Context
+from metaint.measures.sharpening import blocks, mix, row_statistics
+from metaint.measures.tile import TAUS, Context
 from metaint.models.audit import holds, require
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
@@ -44,7 +45,8 @@ class SaturationProbe(Probe):
 
     Unlike the scaling of all parameters that Merrill et al. 2021 (2010.09697) use (`metaint.saturate` with
     `mode="all-params"`), this changes attention alone and means the same in every architecture. Where scores have a
-    soft cap or a bias, both are within the scores that are scaled.
+    soft cap or a bias, both are within the scores that are scaled. With `gap_count`, `gap_odds` and
+    `gap_tied_share`, `measures.saturation.predicted_variation` bounds the distance to saturated at any other kappa.
 
     Raises InputError for passes that are not stacked or continue a cache, HookAuditError for a model whose attention
     can't be changed at `hook_z`, ActivationError for NaN or infinity.
@@ -183,9 +185,9 @@ class SaturationProbe(Probe):
         mixed = torch.empty_like(shaped[batch:], dtype=dtype)
         for i in range(len(mixed)):
             kappas = (self.edited[i // batch],)
-            for block in self._blocks(pattern[batch + i]):
+            for block in blocks(pattern[batch + i], self._context.causal, self.tau):
                 (weights,) = saturation.powers(block.relative, kappas)
-                mixed[i, block.rows] = _mix(weights, value[batch + i, :, : block.stop])[0].transpose(0, 1)
+                mixed[i, block.rows] = mix(weights, value[batch + i, :, : block.stop])[0].transpose(0, 1)
         return mixed.view_as(z[batch:])
 
     def _read_heads(self, layer: int, pattern: Tensor, value: Tensor, z: Tensor) -> None:
@@ -196,11 +198,11 @@ class SaturationProbe(Probe):
             found = torch.zeros(2 * n_scales + _N_ROWS, *head_rows.shape[:2], dtype=z.dtype, device=z.device)
             rest = found[2 * n_scales :]
             rest[_LENGTH] = lengths[b]
-            for block in self._blocks(head_rows):
+            for block in blocks(head_rows, self._context.causal, self.tau):
                 row = block.rows
-                rest[: _TAUS + len(TAUS), :, row] = _row_statistics(block.relative)
+                rest[: _TAUS + len(TAUS), :, row] = row_statistics(block.relative)
                 for i, weights in enumerate(saturation.powers(block.relative, self.kappas)):
-                    output, total = _mix(weights, value[b, :, : block.stop])
+                    output, total = mix(weights, value[b, :, : block.stop])
                     found[i, :, row] = 1 - rest[_TIES, :, row] / total
                     change = output - z[b, row].transpose(0, 1)
                     found[n_scales + i, :, row] = torch.linalg.vector_norm(change, dim=-1)
@@ -227,16 +229,6 @@ class SaturationProbe(Probe):
         rest[_GAP_COUNT] = finite.to(found.dtype)
         rest[_TOTAL] = 1 - 1 / rest[_TOTAL]
         self.heads[-1][b, :, layer] = found.sum(-1, dtype=self.gaps.dtype)
-
-    def _blocks(self, pattern: Float[Tensor, "head query key"]) -> "Iterator[_Block]":
-        """Rows in blocks that stay in the cache, cut at the diagonal if the model is causal."""
-        heads, queries, keys = pattern.shape
-        step = max(32, (BLOCK_CPU if pattern.device.type == "cpu" else BLOCK_DEVICE) // (heads * keys))
-        dtype = torch.promote_types(pattern.dtype, torch.float32)
-        for start in range(0, queries, step):
-            rows = slice(start, min(start + step, queries))
-            stop = rows.stop if self._context.causal else keys
-            yield _Block(rows, stop, saturation.relative_weights(pattern[:, rows, :stop].to(dtype), self.tau))
 
     # ---- the stream and the logits ------------------------------------------------------------------------------
 
@@ -379,30 +371,6 @@ class SaturationProbe(Probe):
         sequences = sum(len(block) for block in self.heads)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences, scaled="scores", tie=self.tau)
         return data
-
-
-class _Block(NamedTuple):
-    """Some rows of a pattern, the key they end at, and their weights beside their largest."""
-
-    rows: slice
-    stop: int
-    relative: Float[Tensor, "head row key"]
-
-
-def _mix(weights: Float[Tensor, "head row key"], value: Float[Tensor, "head key d_head"]) -> tuple[Tensor, Tensor]:
-    """What attention with these weights, once normalised, makes of the values; and what they sum to."""
-    total = weights.sum(-1)
-    output = torch.bmm(weights, value) / total.clamp(min=torch.finfo(weights.dtype).tiny)[..., None]
-    return output, total
-
-
-def _row_statistics(relative: Float[Tensor, "head row key"]) -> Float[Tensor, "slot head row"]:
-    """How many keys are tied with the largest, the sum of the weights beside it, the gap below it, and tied keys."""
-    space = torch.empty_like(relative)
-    # Comparing into a float buffer and summing it is several times faster than counting booleans.
-    ties = [torch.ge(relative, math.exp(-tau), out=space).sum(-1) for tau in TAUS]
-    found = [torch.ge(relative, 1, out=space).sum(-1), relative.sum(-1), saturation.gap(relative), *ties]
-    return torch.stack(found)
 
 
 def _compare_logits(

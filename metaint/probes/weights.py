@@ -17,7 +17,7 @@ from metaint.models.audit import holds
 from metaint.models.describe import Shape, weight_processing
 from metaint.models.inputs import InputWatch
 from metaint.models.invariants import repeat_heads
-from metaint.models.parameters import own_parameters, part_of
+from metaint.models.parameters import own_parameters, part_of, quantised
 from metaint.probes.probe import Hook, Probe, quietly, shaped
 
 PARTS = ("attention", "mlp", "norm")
@@ -171,12 +171,10 @@ def _require_raw(model: Any, parameters: dict[str, Tensor]) -> None:
             "model has its norms folded into its weights, so that their norms are not those it was trained with: open "
             "it with raw weights (a bridge before enable_compatibility_mode, or from_pretrained_no_processing)."
         )
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    quantised = next((name for name, parameter in parameters.items() if not parameter.is_floating_point()), None)
-    if quantised or getattr(config, "quantization_config", None) is not None:
+    if why := quantised(model, parameters):
         raise InputError(
-            f"model has quantised weights ({quantised or 'by its configuration'}), whose numbers are not the weights: "
-            "open it in float32, bfloat16 or float16."
+            f"model has quantised weights ({why}), whose numbers are not the weights: open it in float32, bfloat16 or "
+            "float16."
         )
 
 
