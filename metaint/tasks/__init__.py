@@ -1,7 +1,28 @@
-"""What a model is fed: repeated random tokens, windows of text, in-context bigrams."""
+"""What a model is fed: repeated random tokens, windows of text, in-context bigrams, autoregressive vectors."""
 
+from metaint.tasks.autoregressive import (
+    AutoregressiveSample,
+    RegressionSample,
+    augmented,
+    autoregressive,
+    embedding_windows,
+    regression,
+)
 from metaint.tasks.bigram import BigramTask, bigram
 from metaint.tasks.repeated import repeated_tokens
 from metaint.tasks.text import python_prose, read_text, text_windows
 
-__all__ = ["BigramTask", "bigram", "python_prose", "read_text", "repeated_tokens", "text_windows"]
+__all__ = [
+    "AutoregressiveSample",
+    "BigramTask",
+    "RegressionSample",
+    "augmented",
+    "autoregressive",
+    "bigram",
+    "embedding_windows",
+    "python_prose",
+    "read_text",
+    "regression",
+    "repeated_tokens",
+    "text_windows",
+]

@@ -1,0 +1,344 @@
+"""What a trained model of sequences s_{t+1} = W s_t does: beside reference algorithms, and in its heads.
+
+In: predictions, gradients and matrices of two algorithms; or a model as a callable; or features; or the diagonals of a
+model's heads. Out: how near they are, the matrix that a model applies to the last vector, how well W can be read
+linearly, and how far heads have the structure of the known minima (`autoregression.py` has those, and the algorithms).
+
+Sources: von Oswald et al. 2023, code `transformers_learn_icl_by_gd/src/train.py` in
+google-research/self-organising-systems, for the three comparisons; Sander et al. 2024 (2402.05787), whose findings on
+heads and positions the structure measures turn into numbers. Effective matrix and decodability are probes of our own.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Inexact
+from torch import Tensor
+
+from metaint.errors import InputError
+from metaint.measures.autoregression import Commuting, ideal_interaction, least_squares, moments
+from metaint.measures.norms import participation_ratio
+
+# ---- comparisons of two algorithms ------------------------------------------------------------------------------
+# Of a scalar task, out is 1. The source has scalar tasks alone; for vectors each coordinate counts as one output.
+
+
+def prediction_difference(
+    f: Inexact[Tensor, "batch *position out"], g: Inexact[Tensor, "batch *position out"]
+) -> Float[Tensor, "*position"]:
+    """Mean of |f - g| over sequences and outputs, at least 0 ("preds diff"; von Oswald et al. 2023, train.py)."""
+    return (f - g).abs().mean((0, -1))
+
+
+def sensitivity_cosine(
+    f_gradient: Inexact[Tensor, "batch *position out d"], g_gradient: Inexact[Tensor, "batch *position out d"]
+) -> Float[Tensor, "*position"]:
+    """Mean of <grad f, grad g> / ((||grad f|| + 1e-8) (||grad g|| + 1e-8)), in [-1, 1], over sequences and outputs.
+
+    Gradients are those at the query: rows of an effective matrix, or the w of a regression. A zero gradient counts as
+    0, and one near 1e-8 as less than its cosine. "model cos" in the source (von Oswald et al. 2023, train.py).
+    """
+    lengths = [torch.linalg.vector_norm(gradient, dim=-1) + 1e-8 for gradient in (f_gradient, g_gradient)]
+    return (_inner(f_gradient, g_gradient, (-1,)) / (lengths[0] * lengths[1])).mean((0, -1))
+
+
+def model_difference(
+    f_gradient: Inexact[Tensor, "batch *position out d"], g_gradient: Inexact[Tensor, "batch *position out d"]
+) -> Float[Tensor, "*position"]:
+    """Mean of ||grad f - grad g|| over sequences and outputs, at least 0; gradients as in `sensitivity_cosine`.
+
+    "model diff" in the source (von Oswald et al. 2023, train.py).
+    """
+    return torch.linalg.vector_norm(f_gradient - g_gradient, dim=-1).mean((0, -1))
+
+
+def relative_error(
+    matrix: Inexact[Tensor, "*rest out d"], reference: Inexact[Tensor, "*rest out d"]
+) -> Float[Tensor, "*rest"]:
+    """||matrix - reference||_F / ||reference||_F, at least 0; NaN or infinite where the reference is zero."""
+    return torch.linalg.matrix_norm(matrix - reference) / torch.linalg.matrix_norm(reference)
+
+
+def matrix_cosine(
+    matrix: Inexact[Tensor, "*rest out d"], reference: Inexact[Tensor, "*rest out d"]
+) -> Float[Tensor, "*rest"]:
+    """<matrix, reference>_F / (||matrix||_F ||reference||_F) in [-1, 1]; its real part; NaN where either is zero."""
+    lengths = torch.linalg.matrix_norm(matrix) * torch.linalg.matrix_norm(reference)
+    return (_inner(matrix, reference, (-2, -1)) / lengths).clamp(-1, 1)
+
+
+def projection_scale(
+    matrix: Inexact[Tensor, "*rest out d"], direction: Inexact[Tensor, "*rest out d"]
+) -> Float[Tensor, "*rest"]:
+    """The real eta for which eta · direction is nearest to the matrix; NaN where the direction is zero.
+
+    Of an effective matrix along `moments(vectors).cross`, it is the step that a step of gradient descent would have.
+    """
+    return _inner(direction, matrix, (-2, -1)) / torch.linalg.matrix_norm(direction).square()
+
+
+def _inner(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The real part of <a, b> summed over `dims`."""
+    product = a.conj() * b
+    return (product.real if product.is_complex() else product).sum(dims)
+
+
+# ---- the matrix that a model applies ----------------------------------------------------------------------------
+
+REFERENCES = ("truth", "gradient_step", "least_squares")
+
+
+class Agreement(NamedTuple):
+    """An effective matrix beside each of `REFERENCES`, averaged over sequences; NaN where a reference is zero."""
+
+    cosine: Float[Tensor, "reference position"]
+    relative_error: Float[Tensor, "reference position"]
+
+
+def effective_matrix(
+    predict: Callable[[Tensor], Tensor],
+    vectors: Inexact[Tensor, "batch position d"],
+    positions: Sequence[int] | None = None,
+) -> Inexact[Tensor, "batch chosen out d"]:
+    """J(T) = d prediction(T) / d s_T for chosen indices T - 1 (all, by default), the rest of the sequence held fixed.
+
+    `predict` takes `[batch, position, d]` to `[batch, position, out]`, each sequence on its own; it may be any model
+    whose operations have a forward derivative. d forward derivatives are made for each position, at once.
+
+    All ways from s_T to the prediction count. In one layer of linear attention on augmented tokens s_T is the query,
+    but also the value at t = T, so that J = eta sum_{t=2}^T s_t s_{t-1}* + eta <s_{T-1}, s_T> I: the second part is no
+    estimate of W, and falls off as 1/T beside the first. Where queries can be given apart from keys and values, a
+    `predict` that takes its argument as queries alone has the applied matrix as its J, exactly the first part. Read J
+    as an estimate of W only where T > d.
+
+    Raises InputError if predictions are of another shape, and for a complex model that isn't complex-differentiable in
+    s_T (one that reads the conjugate of s_T, say), which no matrix describes.
+    """
+    length = vectors.shape[1]
+    chosen = range(length) if positions is None else positions
+    with torch.no_grad():
+        return torch.stack([_derivative(predict, vectors, position) for position in chosen], 1)
+
+
+def agreement(
+    found: Inexact[Tensor, "batch chosen d d"],
+    vectors: Inexact[Tensor, "batch position d"],
+    matrices: Inexact[Tensor, "batch d d"],
+    positions: Sequence[int] | None = None,
+) -> Agreement:
+    """Effective matrices beside W, one gradient step and least squares from the same context, at the same positions.
+
+    The gradient step's eta is the best one for each sequence and position (`projection_scale`), which flatters its
+    relative error: that is sqrt(1 / cosine² - 1). The cosine is the one with sum_t s_t s_{t-1}*, below 0 for ascent.
+    At T = 1 it and least squares are zero. Raises InputError as `least_squares` does.
+    """
+    index = list(range(vectors.shape[1]) if positions is None else positions)
+    truth = matrices[:, None].expand_as(found)
+    cross, fit = moments(vectors).cross[:, index], least_squares(vectors)[:, index]
+    step = projection_scale(found, cross)[..., None, None] * cross
+    cosines = [matrix_cosine(found, reference).mean(0) for reference in (truth, cross, fit)]
+    errors = [relative_error(found, reference).mean(0) for reference in (truth, step, fit)]
+    return Agreement(torch.stack(cosines), torch.stack(errors))
+
+
+def _derivative(predict: Callable[[Tensor], Tensor], vectors: Tensor, position: int) -> Tensor:
+    d = vectors.shape[-1]
+    tangents = vectors.new_zeros(d, *vectors.shape)
+    tangents[:, :, position] = torch.eye(d, dtype=vectors.dtype, device=vectors.device)[:, None]
+
+    def at_position(sequence: Tensor) -> Tensor:
+        out = predict(sequence)
+        if out.ndim != 3 or out.shape[:2] != vectors.shape[:2]:
+            raise InputError(
+                f"predict returned {list(out.shape)} for vectors of {list(vectors.shape)}; "
+                "it must return one vector for each of these positions."
+            )
+        return out[:, position]
+
+    def push(tangent: Tensor) -> Tensor:
+        return torch.func.jvp(at_position, (vectors,), (tangent,))[1]
+
+    columns = torch.func.vmap(push)(tangents)
+    if vectors.is_complex():
+        turned = torch.func.vmap(push)(1j * tangents)
+        size = columns.abs().amax() * torch.finfo(columns.dtype).eps ** 0.5
+        if (turned - 1j * columns).abs().amax() > size:
+            raise InputError(
+                f"predict isn't complex-differentiable in the vector at index {position}, so no matrix describes it; "
+                "give a model that doesn't conjugate that vector, or real vectors."
+            )
+    return columns.movedim(0, -1)
+
+
+# ---- linear decodability ----------------------------------------------------------------------------------------
+
+# Shares of the sequences that a penalty is chosen on, and that R² is of.
+_VALIDATION, _TEST = 0.2, 0.2
+_PENALTIES = tuple(10.0**power for power in range(-8, 3))
+_FEWEST = 10
+
+
+class Decoding(NamedTuple):
+    """How well targets can be read linearly from features of sequences that weren't fitted."""
+
+    r2: float
+    """Mean of `per_target`; at most 1, and below 0 where the mean of the targets would have told more."""
+    per_target: Float[Tensor, " target"]
+    """R² on the test sequences; NaN for a target that doesn't vary there."""
+    penalty: float
+
+
+def decodability(
+    features: Float[Tensor, "sequence feature"],
+    targets: Float[Tensor, "sequence target"],
+    penalty: float | int | None = None,
+    seed: int = 0,
+) -> Decoding:
+    """R² of targets, such as vec(W), read by ridge regression from features, such as a model's stream at position T.
+
+    A random fifth of the sequences is the test, another fifth chooses the penalty (out of 1e-8, 1e-7, ..., 100) unless
+    one is given, and the rest, or then all but the test, is what is fitted. The penalty is in units of the features'
+    mean variance times their number of sequences, so that no scale changes the result. The intercept is free.
+    Computed in float64.
+
+    The number means something only beside that of the raw context, `features = vectors[:, :T].flatten(1)` for the same
+    targets and seed: W is no linear function of it, but not independent of it either. Raises InputError for fewer than
+    10 sequences, a penalty that isn't positive, and numbers that aren't finite.
+    """
+    count = len(features)
+    if count < _FEWEST or len(targets) != count:
+        raise InputError(f"features has {count} sequences and targets {len(targets)}; give {_FEWEST} or more of each.")
+    if penalty is not None and not penalty > 0:
+        raise InputError(f"penalty is {penalty}; give a positive number, or None to choose one.")
+    if not (features.isfinite().all() and targets.isfinite().all()):
+        raise InputError("features or targets hold NaN or infinity, to which nothing can be fitted; give finite ones.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(features.device)
+    x, y = features.double()[order], targets.double()[order]
+    rest = count - round(_TEST * count)
+    if penalty is None:
+        fitted = rest - round(_VALIDATION * count)
+        guesses = _ridge(x[:fitted], y[:fitted], x[fitted:rest], _PENALTIES)
+        errors = [(guess - y[fitted:rest]).square().sum() for guess in guesses]
+        penalty = _PENALTIES[int(torch.stack(errors).argmin())]
+    else:
+        fitted = rest
+    guess = _ridge(x[:fitted], y[:fitted], x[rest:], (float(penalty),))[0]
+    per_target = _r2(guess, y[rest:])
+    return Decoding(float(per_target.nanmean()), per_target, float(penalty))
+
+
+def _ridge(x: Tensor, y: Tensor, at: Tensor, penalties: Sequence[float]) -> list[Tensor]:
+    """What ridge regression of y on x says at other features, for each penalty; one decomposition for all."""
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    u, s, v = torch.linalg.svd(x - x_mean, full_matrices=False)
+    unit = s.square().sum() / x.shape[1]
+    projected, there = u.mT @ (y - y_mean), (at - x_mean) @ v.mT
+    shrunk = [torch.where(s > 0, s / (s.square() + penalty * unit), 0.0) for penalty in penalties]
+    return [there @ (factor[:, None] * projected) + y_mean for factor in shrunk]
+
+
+def _r2(guess: Tensor, y: Tensor) -> Tensor:
+    total = (y - y.mean(0)).square().sum(0)
+    # A constant's rounding is no variance.
+    varies = total > (len(y) * torch.finfo(y.dtype).eps * y.abs().amax(0)).square() * len(y)
+    return torch.where(varies, 1 - (guess - y).square().sum(0) / total, torch.nan)
+
+
+# ---- the structure of heads -------------------------------------------------------------------------------------
+
+
+class Diagonals(NamedTuple):
+    """Heads seen in a basis in which W is diagonal."""
+
+    A: Inexact[Tensor, "head d"]
+    B: Inexact[Tensor, "head d"]
+    outside_QK: Float[Tensor, " head"]
+    """Share of the squared Frobenius norm that is off the diagonal in this basis, 0 to 1: what A leaves out."""
+    outside_OV: Float[Tensor, " head"]
+
+
+def rotation_basis(d: int) -> Inexact[Tensor, "d d"]:
+    """The unitary U, by columns, in which rotations of coordinates (2k, 2k+1) are diagonal; complex128.
+
+    U* W U = diag(e^{i theta}, e^{-i theta}, ...), so that U* s for a real process of kind "orthogonal" is the complex
+    one. Columns are (1, -i) / sqrt(2) and (1, i) / sqrt(2). Raises InputError for an odd d.
+    """
+    if d % 2 or d < 1:
+        raise InputError(f"d is {d}; give an even number of at least 2.")
+    block = torch.tensor([[1, 1], [-1j, 1j]], dtype=torch.complex128) / 2**0.5
+    return torch.block_diag(*[block] * (d // 2))
+
+
+def diagonals_in(
+    basis: Inexact[Tensor, "d d"], W_QK: Inexact[Tensor, "head d d"], W_OV: Inexact[Tensor, "head d d"]
+) -> Diagonals:
+    """The diagonals of trained heads in a unitary basis U (columns), and how much of each head lies outside of them.
+
+    Matrices are in TransformerLens's row convention, score = s_q W_QK s_k^T and output = s_k W_OV for real s, so with
+    z = U* s, A_h = diag(U* W_QK U) weighs conj(z_q) z_k and B_h = diag(U* W_OV^T U) weighs z_k. With the identity as
+    basis they are plain diagonals. Those of a real head are conjugate within each conjugate pair; take `.real` only
+    where the imaginary part is small.
+    """
+    dtype = torch.promote_types(basis.dtype, W_QK.dtype)
+    U = basis.to(dtype)
+    QK, OV = U.mH @ W_QK.to(dtype) @ U, U.mH @ W_OV.mT.to(dtype) @ U
+    A, B = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (QK, OV))
+    outside = (_outside(QK, A), _outside(OV, B))
+    return Diagonals(A, B, *outside)
+
+
+def _outside(matrix: Tensor, diagonal: Tensor) -> Tensor:
+    return (1 - diagonal.abs().square().sum(-1) / matrix.abs().square().sum((-2, -1))).clamp(0, 1)
+
+
+def interaction(A: Inexact[Tensor, "head d"], B: Inexact[Tensor, "head d"]) -> Inexact[Tensor, "d d"]:
+    """C = B^T A: C_ij is how much coordinate j of the queries and keys decides what is read of coordinate i."""
+    return B.mT @ A
+
+
+def off_diagonal_mass(C: Inexact[Tensor, "*rest d d"]) -> Float[Tensor, "*rest"]:
+    """||C - diag(C)||_F / ||C||_F, 0 to 1: 0 at the unitary minimum, sqrt(1/2) at the orthogonal one; NaN for zero."""
+    diagonal = torch.diag_embed(C.diagonal(dim1=-2, dim2=-1))
+    return torch.linalg.matrix_norm(C - diagonal) / torch.linalg.matrix_norm(C)
+
+
+def block_error(
+    C: Inexact[Tensor, "*rest d d"], last: float | int | Float[Tensor, "*rest"], kind: Commuting
+) -> Float[Tensor, "*rest"]:
+    """||p_T C - J||_F / ||J||_F, at least 0, with `last` = p_T and J the `ideal_interaction`: 0 at the minimum.
+
+    With too few heads for a loss of 0 it stays above sqrt(1 - H / d), or sqrt(1 - 2H / d) for "orthogonal".
+    Raises InputError for an unknown kind and an odd d in "orthogonal".
+    """
+    ideal = ideal_interaction(kind, C.shape[-1]).to(C)
+    scale = torch.as_tensor(last, device=C.device)[..., None, None]
+    return torch.linalg.matrix_norm(scale * C - ideal) / torch.linalg.matrix_norm(ideal)
+
+
+def head_orthogonality(A: Inexact[Tensor, "head d"], B: Inexact[Tensor, "head d"]) -> Float[Tensor, ""]:
+    """max_{h != h'} |<a_h, b_h'>| / max_h |<a_h, b_h>|, at least 0: 0 where no head reads what another asks for.
+
+    That is a property of the unitary minimum with d heads, where A B^T is a multiple of the identity, and not of the
+    orthogonal one with more than d / 2. 0 for one head; NaN or infinite where all <a_h, b_h> are zero.
+    """
+    products = (A @ B.mT).abs()
+    own = products.diagonal()
+    return (products - torch.diag(own)).amax() / own.amax()
+
+
+def effective_rank(C: Inexact[Tensor, "*rest d d"]) -> Float[Tensor, "*rest"]:
+    """(sum sigma²)² / sum sigma⁴ over the singular values of C, 1 to d; H at a minimum of H heads; NaN for zero."""
+    return participation_ratio(torch.diag_embed(torch.linalg.svdvals(C).square()))
+
+
+def positional_concentration(p: Float[Tensor, "*row position"]) -> Float[Tensor, "*row"]:
+    """(p_T² + p_{T-1}²) / ||p||², 0 to 1: the share of the last two positions; 1 at both minima; NaN for zero."""
+    return p[..., -2:].square().sum(-1) / p.square().sum(-1)
+
+
+def positional_ratio(p: Float[Tensor, "*row position"]) -> Float[Tensor, "*row"]:
+    """p_{T-1} / p_T: 0 at the unitary minimum, -1/2 at the orthogonal one. Raises InputError for one position."""
+    if p.shape[-1] < 2:
+        raise InputError(f"p has {p.shape[-1]} positions; give at least 2.")
+    return p[..., -2] / p[..., -1]
