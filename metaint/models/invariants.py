@@ -96,7 +96,7 @@ def score_hooks(model: Any, rotated: bool | None = None) -> tuple[str, str]:
 
 def scores_of(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
     """Scores [batch, head, query, key] of every pair, from queries and keys [batch, position, head, d_head]."""
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, repeat_heads(key, query.shape[2], 2)) / _score_scale(model, layer)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, repeat_heads(key, query.shape[2], 2)) / score_scale(model, layer)
     cap = setting(model, "attn_scores_soft_cap") or 0.0
     return cap * torch.tanh(scores / cap) if cap > 0 else scores
 
@@ -109,7 +109,7 @@ def pattern_of(model: Any, layer: int, query: Tensor, key: Tensor, real: Tensor 
     return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # NaN where all is hidden
 
 
-def _score_scale(model: Any, layer: int) -> float:
+def score_scale(model: Any, layer: int) -> float:
     """What the scores are divided by: as configured, with -1 for the square root of the head's width."""
     cfg = model.cfg
     # GPT-Neo divides by nothing, which its bridge does not say.
@@ -152,7 +152,7 @@ def output_sum(trial: Trial) -> Iterator[Pair]:
         name = _attention_output(trial, layer)
         z = trial.reading[f"blocks.{layer}.attn.hook_z"]
         summed = torch.einsum("bqhd,hdm->bqm", z, widen(trial.model.W_O[layer]))
-        yield Pair(name, trial.reading[name], summed + _bias(trial.model, "b_O", layer, summed))
+        yield Pair(name, trial.reading[name], summed + bias_of(trial.model, "b_O", layer, summed))
 
 
 def _attention_output(trial: Trial, layer: int) -> str:
@@ -185,8 +185,8 @@ def _projection(trial: Trial, letter: str) -> Iterator[Pair]:
     weights = getattr(trial.model, f"W_{letter}")
     for layer in trial.layers:
         actual = trial.reading[f"blocks.{layer}.attn.hook_{letter.lower()}"]
-        weight = _thin_heads(widen(weights[layer]), actual.shape[2])
-        bias = _thin_heads(_bias(trial.model, f"b_{letter}", layer, actual), actual.shape[2])
+        weight = thin_heads(widen(weights[layer]), actual.shape[2])
+        bias = thin_heads(bias_of(trial.model, f"b_{letter}", layer, actual), actual.shape[2])
         candidates = [torch.einsum("bqm,hmd->bqhd", x, weight) + bias for x in _attention_inputs(trial, layer, letter)]
         expected = min(candidates, key=lambda candidate: float((candidate - actual).abs().max()))
         yield Pair(f"W_{letter}[{layer}]", actual, expected)
@@ -252,12 +252,12 @@ def repeat_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
     return tensor.repeat_interleave(heads // tensor.shape[dim], dim) if tensor.shape[dim] < heads else tensor
 
 
-def _thin_heads(weight: Tensor, heads: int) -> Tensor:
+def thin_heads(weight: Tensor, heads: int) -> Tensor:
     """One of each group of repeated heads: HookedTransformer's W_K repeats what its hook_k holds once."""
     return weight[:: weight.shape[0] // heads] if weight.shape[0] > heads else repeat_heads(weight, heads, 0)
 
 
-def _bias(model: Any, name: str, layer: int, like: Tensor) -> Tensor:
+def bias_of(model: Any, name: str, layer: int, like: Tensor) -> Tensor:
     """The layer's bias, or zeros: of a missing one bridges say AttributeError in 4.x, TypeError in 3.x."""
     try:
         return widen(getattr(model, name)[layer])

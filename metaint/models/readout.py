@@ -30,18 +30,25 @@ def readout_of(model: Any) -> Readout:
 
 def final_norm_of(model: Any) -> Norm | None:
     """The norm before the unembedding, or None for a model without one; raises Unavailable for an unknown kind."""
+    return norm_of(model, getattr(model, "ln_final", None), "ln_final")
+
+
+def norm_of(model: Any, module: Any, name: str) -> Norm | None:
+    """A norm of the model as `Norm`, or None where it has none there; raises Unavailable for an unknown kind.
+
+    `name` is where the module stands: "ln_final", or as in "blocks.0.ln1".
+    """
     kind = str(getattr(model.cfg, "normalization_type", None) or "")
-    module = getattr(model, "ln_final", None)
     if not kind or module is None:
         return None
     if not kind.startswith(("LN", "RMS")):
-        raise Unavailable(f"the final norm is of the kind {kind}, which has no closed form here", "ln_final")
-    rms = kind.startswith("RMS") or (kind == "LNPre" and bool(getattr(model.cfg, "final_rms", False)))
-    names = [name for name, _ in module.named_parameters()]
+        raise Unavailable(f"the norm {name} is of the kind {kind}, which has no closed form here", name)
+    final_rms = name == "ln_final" and kind == "LNPre" and bool(getattr(model.cfg, "final_rms", False))
+    names = [parameter for parameter, _ in module.named_parameters()]
     gain, bias = (_parameter(module, names, ends) for ends in (("weight", "w"), ("bias", "b")))
     if gain is not None and getattr(model.cfg, "rmsnorm_uses_offset", False):
         gain = gain.float() + 1.0 if gain.dtype.itemsize < 4 else gain + 1.0
-    return Norm("rms" if rms else "layer", float(model.cfg.eps), gain, bias)
+    return Norm("rms" if kind.startswith("RMS") or final_rms else "layer", float(model.cfg.eps), gain, bias)
 
 
 def setting(model: Any, name: str) -> Any:

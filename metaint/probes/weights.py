@@ -1,5 +1,6 @@
-"""`WeightProbe`: how long the parameters are, how the last step changed them, and what each head's weights can do,
-in `/weights`. It hooks nothing: the weights are read when a model is attached to, and no pass need follow.
+"""`WeightProbe`: how long the parameters are, how the last step changed them, what each head's weights can do, and
+how much a head reads of what earlier ones write, in `/weights`. It hooks nothing: the weights are read when a model is
+attached to, and no pass need follow.
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from torchmetrics.utilities import dim_zero_cat
 
 from metaint.errors import InputError
 from metaint.measures import growth
+from metaint.measures.composition import composition, composition_chance, read_factor, write_factor
 from metaint.models.audit import holds
 from metaint.models.describe import Shape, weight_processing
+from metaint.models.folded import folded_layers
 from metaint.models.inputs import InputWatch
 from metaint.models.invariants import repeat_heads
 from metaint.models.parameters import own_parameters, part_of, quantised
@@ -28,10 +31,15 @@ _COUNT, _SQUARE, _CHANGE = 0, 1, slice(2, 5)
 _HEADS = ("qk_norm", "ov_norm", "ov_copying", "full_ov_copying")
 _NULLS = tuple(f"{name}_null_{end}" for name in ("ov_copying", "full_ov_copying") for end in ("mean", "std"))
 _SCORES = (*_HEADS, *_NULLS)
+_PAIRS = tuple(f"{kind}_composition{end}" for end in ("", "_z") for kind in "qkv")
+_PAIR_DIMS = ("layer", "head", "layer_to", "head_to")
+# Of a model with more heads pairs are left out: a thousand heads have a million, at 24 bytes and minutes on a CPU.
+MOST_HEADS = 1000
 _AUDITS = {
     "qk": ("weights_query", "weights_key"),
     "ov": ("weights_value", "output_sum"),
     "full": ("weights_value", "output_sum", "unembedding"),
+    "pairs": ("attention_input", "output_sum"),
 }
 _STEP = {"step_norm": growth.step_norm, "alignment": growth.alignment, "direction_cosine": growth.direction_cosine}
 
@@ -46,21 +54,24 @@ class WeightProbe(Probe):
     copy of the model, which `reset` does not drop): NaN the first time, and to be read with the number of optimiser
     steps in between. Parameters are those the model computes with, biases and gains included, tied ones once; a
     `HookedTransformer` has an unembedding of its own, tied or not. Where the audit doesn't find per-head weights to be
-    what their names say, what is told of heads is NaN. Merge probes that read the same model.
+    what their names say, what is told of heads is NaN. Pairs of heads are left out for a model with more than
+    `MOST_HEADS`. Merge probes that read the same model.
 
     Raises InputError for folded and for quantised weights, and with `compare` for a model with other parameters than
-    the one before. State: four sums a part of a layer, eight numbers a head, in float64.
+    the one before. State: four sums a part of a layer and eight numbers a head in float64, six a pair of heads in
+    float32.
     """
 
     group = "weights"
 
     places: list[Float[Tensor, "reading slot place"]]
     scores: list[Float[Tensor, "reading score layer head"]]
+    pairs: list[Float[Tensor, "reading pair layer head layer_to head_to"]]
 
     def __init__(self, compare: bool = False) -> None:
         super().__init__()
         self.compare = compare
-        for name in ("places", "scores"):
+        for name in ("places", "scores", "pairs"):
             self.add_state(name, [], dist_reduce_fx="cat")
         self._previous: dict[str, Tensor] = {}
         self._trusted: dict[str, bool] = {}
@@ -86,9 +97,11 @@ class WeightProbe(Probe):
         parameters = own_parameters(model)
         with quietly(next(iter(parameters.values())).device.type):
             scores = self._read_heads(model)
+            pairs = self._read_pairs(model)
             places = self._read_places(parameters)
         # The last reading takes the place of earlier ones: a model read twice is still one model.
         self.scores, self.places = [scores[None].to(self.device)], [places[None].to(self.device)]
+        self.pairs = [] if pairs is None else [pairs[None].to(self.device)]
 
     def _read_places(self, parameters: dict[str, Tensor]) -> Float[Tensor, "slot place"]:
         assert self.shape is not None
@@ -127,6 +140,25 @@ class WeightProbe(Probe):
                     _fill_nulls(slots, value.shape[-2], value.shape[-1], loop)
         return found
 
+    def _read_pairs(self, model: Any) -> Float[Tensor, "pair layer head layer_to head_to"] | None:
+        assert self.shape is not None
+        n_layers, n_heads = self.shape.n_layers, self.shape.n_heads
+        if n_layers * n_heads > MOST_HEADS:
+            return None
+        found = torch.full((len(_PAIRS), n_layers, n_heads, n_layers, n_heads), torch.nan)
+        writes = torch.empty(0)
+        for layer_to, (query, key, value, output) in enumerate(folded_layers(model) if self._trusted["pairs"] else ()):
+            write = write_factor(value, output)
+            if layer_to == 0:  # room for what all layers write, of which each later layer then reads a view
+                writes = write.new_empty(n_layers, *write.shape)
+            else:
+                reads = [read_factor(query, key.mT), read_factor(key, query.mT), read_factor(value, output)]
+                both = torch.stack(composition(writes[:layer_to].flatten(0, 1), torch.cat(reads)))
+                both = both.unflatten(-1, (len(reads), n_heads)).unflatten(1, (layer_to, n_heads))
+                found[:, :layer_to, :, layer_to] = both.permute(0, 3, 1, 2, 4).flatten(0, 1).to(found)
+            writes[layer_to] = write
+        return found
+
     def compute(self) -> Variables:
         """Every variable of `/weights` by name, with its dimensions."""
         if len(self.places) == 0 or self.shape is None:
@@ -142,6 +174,9 @@ class WeightProbe(Probe):
         found["total_norm"] = ((), square.sum().sqrt())
         found["total_norm_without_embeddings"] = ((), (square[:inside].sum() + square[-1]).sqrt())
         found.update({name: (("layer", "head"), value) for name, value in zip(_SCORES, scores, strict=True)})
+        if len(self.pairs):
+            found.update({name: (_PAIR_DIMS, value) for name, value in zip(_PAIRS, _latest(self.pairs), strict=True)})
+            found["composition_chance"] = ((), places.new_tensor(composition_chance(self.shape.d_model)))
         if self.compare:
             for name, measure in _STEP.items():
                 value = measure(change).masked_fill(missing, torch.nan)
@@ -158,10 +193,14 @@ class WeightProbe(Probe):
             "part": list(PARTS),
             "head": range(self.shape.n_heads),
         }
+        coords |= {f"{dim}_to": coords[dim] for dim in ("layer", "head") if _PAIRS[0] in variables}
         data = xr.Dataset({name: shaped(dims, value, coords) for name, (dims, value) in variables.items()}, coords)
         for name in data.data_vars:
             data[name].attrs["description"] = DESCRIPTIONS[str(name)]
         data.attrs.update(tokens_seen=0, sequences=0, parameters=int(_latest(self.places)[_COUNT].sum()))
+        if _PAIRS[0] not in variables:
+            heads = self.shape.n_layers * self.shape.n_heads
+            data.attrs["composition"] = f"left out: {heads} heads, and pairs are read of at most {MOST_HEADS}"
         return data
 
 
@@ -248,6 +287,18 @@ DESCRIPTIONS = {
     "ov_copying_null_std": "standard deviation of ov_copying for Gaussian W_V and W_O of the same sizes",
     "full_ov_copying_null_mean": "mean of full_ov_copying for Gaussian W_V and W_O with the model's own W_E and W_U",
     "full_ov_copying_null_std": "standard deviation of full_ov_copying for Gaussian W_V and W_O",
+    **{
+        f"{kind}_composition": "||M1 M2|| / (||M1|| ||M2||) in Frobenius norms, M1 = W_V W_O of head (written), M2 = "
+        f"{read} of head_to (read), gains of the norms around attention included, biases, rotation and MLPs left out; "
+        f"NaN unless layer_to > layer, and {_NAN[1:-1]}"
+        for kind, read in (("q", "W_Q W_K^T"), ("k", "W_K W_Q^T"), ("v", "W_V W_O"))
+    },
+    **{
+        f"{kind}_composition_z": f"standard deviations that the square of {kind}_composition lies above its mean had "
+        "head_to been turned at random in the stream (in closed form)"
+        for kind in "qkv"
+    },
+    "composition_chance": "root of the mean squared composition of heads turned at random: 1 / sqrt(d_model)",
     "step_norm": f"length of the change of a part's parameters {_BETWEEN}",
     "alignment": f"cosine of the parameters with their change {_BETWEEN}",
     "direction_cosine": f"cosine of the parameters then and now, {_BETWEEN}",

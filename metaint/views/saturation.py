@@ -1,4 +1,4 @@
-"""`/saturation` and `/weights` as tables and figures.
+"""`/saturation` as tables and figures.
 
 In: a scan. Out: terminal tables, one row a scale or a layer; frames for machines; plotly figures with a caption each.
 """
@@ -41,14 +41,6 @@ def saturation_frame(scan: xr.DataTree) -> pd.DataFrame:
         name for name in data.data_vars if set(data[name].dims) <= {"scale", "layer"} and "scale" in data[name].dims
     ]
     return data[names].to_dataframe().reset_index()
-
-
-def weights_frame(scan: xr.DataTree) -> pd.DataFrame:
-    """One row a head; the norms of a layer's parts stand in the rows of all its heads."""
-    data = group_of(scan, "weights")
-    frame = data[[name for name in data.data_vars if data[name].dims == ("layer", "head")]].to_dataframe()
-    norms = data["parameter_norm"].to_pandas().add_prefix("parameter_norm_")
-    return frame.join(norms, on="layer").reset_index()
 
 
 def group_json(data: xr.Dataset) -> dict[str, Any]:
@@ -96,14 +88,14 @@ def _of_layers(data: xr.Dataset) -> list[tuple[str, list[str]]]:
     heads, top = data["total_variation"].isel(scale=0), data.isel(scale=-1)
     return [
         ("layer", [str(layer) for layer in data["layer"].values]),
-        ("distance\nto saturated", _numbers(heads.mean("head"))),
-        ("nearest\nhead", _head_at(heads, "argmin")),
-        ("furthest\nhead", _head_at(heads, "argmax")),
-        ("gap", _numbers(data["gap_mean"].mean("head"))),
-        ("output\nchange", _numbers(top["output_change"].mean("head"))),
-        ("similarity", _numbers(top["similarity"])),
-        ("of other\ntokens", _numbers(top["similarity_null"])),
-        ("centred", _numbers(top["similarity_centred"])),
+        ("distance\nto saturated", numbers(heads.mean("head"))),
+        ("nearest\nhead", head_at(heads, "argmin")),
+        ("furthest\nhead", head_at(heads, "argmax")),
+        ("gap", numbers(data["gap_mean"].mean("head"))),
+        ("output\nchange", numbers(top["output_change"].mean("head"))),
+        ("similarity", numbers(top["similarity"])),
+        ("of other\ntokens", numbers(top["similarity_null"])),
+        ("centred", numbers(top["similarity_centred"])),
     ]
 
 
@@ -113,52 +105,26 @@ def _published(data: xr.Dataset) -> list[tuple[str, list[str]]]:
     published = data["similarity_published"].values.tolist()
     return [
         ("head", [f"{i}.{j}" for i in layers for j in heads]),
-        ("mean", _numbers(data["attended_mean"])),
-        ("deviation", _numbers(data["attended_std"])),
-        ("share\nabove 1", _numbers(data["attended_split"])),
-        ("mean\ncausal", _numbers(data["attended_mean_causal"])),
-        ("share above 1\ncausal", _numbers(data["attended_split_causal"])),
+        ("mean", numbers(data["attended_mean"])),
+        ("deviation", numbers(data["attended_std"])),
+        ("share\nabove 1", numbers(data["attended_split"])),
+        ("mean\ncausal", numbers(data["attended_mean_causal"])),
+        ("share above 1\ncausal", numbers(data["attended_split_causal"])),
         ("similarity\nof layer", ["" if j else number(published[i]) for i in layers for j in heads]),
     ]
 
 
-def _numbers(values: xr.DataArray) -> list[str]:
+def numbers(values: xr.DataArray) -> list[str]:
     return [number(value) for value in values.values.ravel().tolist()]
 
 
-def _head_at(values: xr.DataArray, which: str) -> list[str]:
+def head_at(values: xr.DataArray, which: str) -> list[str]:
     """The head that stands out in each layer, by name, and its value; a dash where nothing is known."""
     found = []
     for layer, row in zip(values["layer"].values, values.values, strict=True):
         head = 0 if np.isnan(row).any() else int(getattr(row, which)())
         found.append("–" if np.isnan(row).any() else f"{layer}.{head}  {number(row[head])}")
     return found
-
-
-def print_weights(console: Console, scan: xr.DataTree) -> None:
-    """Norms of the parameters by layer and part, and what the heads' weights can do."""
-    data = group_of(scan, "weights")
-    parts = {part: data["parameter_norm"].sel(part=part) for part in data["part"].values}
-    columns = [("layer", [str(layer) for layer in data["layer"].values])]
-    columns += [(str(part), _numbers(norms)) for part, norms in parts.items()]
-    columns += [(f"{label}\nmean head", _numbers(data[name].mean("head"))) for name, label in _PRODUCTS.items()]
-    for name, label in (("full_ov_copying", "full OV copying"), ("ov_copying", "OV copying")):
-        for end, which in (("highest", "argmax"), ("lowest", "argmin")):
-            columns.append((f"{label}\n{end}", _head_at(data[name], which)))
-    print_columns(console, "Norms of the parameters, and copying", columns)
-    totals = ", ".join(
-        f"{name.removesuffix('_norm').replace('_', ' ')} {number(data[name].item())}"
-        for name in ("embedding_norm", "unembedding_norm", "total_norm", "total_norm_without_embeddings")
-        if not data[name].isnull()
-    )
-    spread = [number(float(data[f"{name}_null_std"].max()) * 2) for name in ("ov_copying", "full_ov_copying")]
-    console.print(
-        f"[dim]norms: {totals}; raw weights, biases and gains included, tied weights once. Copying: sum of the real "
-        "parts over sum of the magnitudes of the eigenvalues of W_V W_O (full: of W_E W_V W_O W_U), 1 copies, -1 "
-        f"suppresses; within ±{spread[0]} (full: ±{spread[1]}) of their mean lie random heads of these sizes. Norms, "
-        "their gains and MLPs are left out, so a copying score tells what a head's weights can do, not what it does."
-        "[/]\n"
-    )
 
 
 def plot_saturation(scan: xr.DataTree) -> go.Figure:
@@ -227,7 +193,6 @@ def _name(scan: xr.DataTree) -> str:
     return str(scan.attrs.get("model", "scan"))
 
 
-_PRODUCTS = {"qk_norm": "W_Q W_K^T", "ov_norm": "W_V W_O"}
 _READ = {
     "scores": "similarity: mean cosine of the stream with that of the model whose attention scores are all multiplied "
     "by the scale (inf: attention to the largest alone); of other tokens: what a collapsed stream scores anyway; "

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 import metaint
 from metaint.errors import InputError
 from metaint.measures import growth
+from metaint.measures.composition import composition, read_factor, write_factor
 from metaint.models.audit import holds
+from metaint.models.folded import folded_weights
 from metaint.models.parameters import own_parameters, part_of
 from metaint.probes import weights
 from metaint.probes.weights import PARTS, WeightProbe
@@ -17,6 +19,7 @@ from tests.builders import available_kinds, build, hf_directory
 from tests.models.handmade import HandMade
 from tests.probes.test_inner import assert_same
 
+PAIRS = tuple(f"{kind}_composition{end}" for kind in "qkv" for end in ("", "_z"))
 STEPS = ("step_norm", "alignment", "direction_cosine")
 NATIVE = next(kind for kind in ("native-mlp-ln", "hooked") if kind in available_kinds())
 BARE = next(kind for kind in ("native-attn-only", "hooked-attn-only") if kind in available_kinds())
@@ -79,6 +82,7 @@ def test_every_architecture_equals_plain_arithmetic(any_model):
     rest = float(found["total_norm_without_embeddings"]) ** 2
     assert rest + outside == pytest.approx(float(found["total_norm"]) ** 2, rel=1e-12)
     heads_are_those_of_whole_matrices(any_model, found)
+    pairs_are_those_of_whole_matrices(any_model, found)
 
 
 def heads_are_those_of_whole_matrices(model, found):
@@ -103,6 +107,31 @@ def heads_are_those_of_whole_matrices(model, found):
         null = (math.nan, math.nan) if name == "full_ov_copying" and loop is None else null
         for end, wanted in zip(("mean", "std"), null, strict=True):
             assert found[f"{name}_null_{end}"].values == pytest.approx(wanted, abs=1e-9, nan_ok=True)
+
+
+def pairs_are_those_of_whole_matrices(model, found):
+    for name in PAIRS:
+        between = found[name].sel(layer=0, layer_to=1)
+        assert between.notnull().all() if holds(model, "attention_input") else between.isnull().all()
+        assert found[name].sel(layer=1).isnull().all()
+        assert found[name].sel(layer=0, layer_to=0).isnull().all()
+    assert float(found["composition_chance"]) == pytest.approx(model.cfg.d_model**-0.5, rel=1e-12)
+    if not holds(model, "attention_input"):
+        return
+    (_, _, value, out), (query, key, value_to, out_to) = (
+        [weight.double() for weight in folded_weights(model, layer)] for layer in (0, 1)
+    )
+    reads = {"q": query @ key.mT, "k": key @ query.mT, "v": value_to @ out_to}
+    for kind, read_by in reads.items():
+        for head, head_to in [(0, 0), (1, 3), (3, 2)]:
+            norm = torch.linalg.matrix_norm
+            written, wanted = value[head] @ out[head], read_by[head_to]
+            score = float(norm(written @ wanted) / (norm(written) * norm(wanted)))
+            value_of = {"layer": 0, "head": head, "layer_to": 1, "head_to": head_to}
+            assert float(found[f"{kind}_composition"].sel(value_of)) == pytest.approx(score, rel=1e-6)
+            pair = composition(write_factor(value, out), read_factor(wanted[None], torch.eye(len(wanted))[None]))
+            z = float(found[f"{kind}_composition_z"].sel(value_of))
+            assert z == pytest.approx(float(pair.z[head, 0]), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", FROM_HUB)
@@ -268,14 +297,48 @@ def test_a_copying_head_and_its_opposite():
         assert null.max() < 1.1
 
 
+def test_a_planted_pair_composes_through_the_gain_of_a_norm():
+    """Head 2 of layer 0 writes what head 1 of layer 1 reads for its keys, once the gain has weighed it."""
+    model = build("gpt2") if "gpt2" in available_kinds() else build(NATIVE)
+    block, writer = model.blocks[1], model.blocks[0].attn
+    gain = next(p for name, p in block.ln1.named_parameters() if name.endswith(("weight", "w")))
+    with torch.no_grad():
+        gain.copy_(torch.linspace(0.2, 3, len(gain)))
+        written = model.W_O[0, 2].clone()
+        if hasattr(writer, "W_O") and isinstance(block.attn.W_K, torch.nn.Parameter):
+            block.attn.W_K[1] = (written / gain).mT
+        else:
+            d = model.cfg.d_head
+            block.attn.k.weight[d : 2 * d].copy_(written / gain)
+    found = read(model)
+    z = found["k_composition_z"].sel(layer=0, layer_to=1)
+    assert int(z.argmax()) == 2 * 4 + 1
+    assert float(z.max()) > 4
+    assert float(z.sel(head=2, head_to=1)) == float(z.max())
+
+
+def test_pairs_of_many_heads_are_left_out_and_said_to_be(gpt2, monkeypatch):
+    monkeypatch.setattr(weights, "MOST_HEADS", 7)
+    found = read(gpt2)
+    assert not set(found) & {*PAIRS, "composition_chance"}
+    assert set(found.dims) == {"layer", "head", "part"}
+    assert found.attrs["composition"] == "left out: 8 heads, and pairs are read of at most 7"
+    monkeypatch.setattr(weights, "MOST_HEADS", 8)
+    found = read(gpt2)
+    assert set(PAIRS) <= set(found)
+    assert "composition" not in found.attrs
+
+
 def test_heads_whose_weights_fail_the_audit_are_not_a_number():
     model = HandMade("not_a_number")
     assert not holds(model, "output_sum")
     found = read(model)
     assert found["qk_norm"].notnull().all()
-    assert all(found[name].isnull().all() for name in found if "ov_" in name)
+    assert all(found[name].isnull().all() for name in [*PAIRS, *(name for name in found if "ov_" in name)])
     assert found["parameter_norm"].isnull().all()  # all it has lies outside its blocks
-    assert read(HandMade())["full_ov_copying"].notnull().all()
+    whole = read(HandMade())
+    assert whole["full_ov_copying"].notnull().all()
+    assert all(whole[name].sel(layer=0, layer_to=1).notnull().all() for name in PAIRS)
 
 
 def test_diverged_weights_are_told_and_not_left_out():
@@ -288,12 +351,14 @@ def test_diverged_weights_are_told_and_not_left_out():
     assert found["parameter_norm"].sel(layer=1, part="attention").isnull()
     assert found["parameter_norm"].sel(layer=0).notnull().all()
     assert found["ov_copying"].sel(layer=0).notnull().all()
+    assert all(found[name].isnull().all() for name in PAIRS if name[0] != "v")
 
 
 def test_one_layer_and_one_head_keep_their_dimensions():
     found = read(build(BARE, n_layers=1, n_heads=1, d_head=32))
     assert found["qk_norm"].shape == (1, 1)
     assert found["parameter_norm"].shape == (1, 3)
+    assert found["k_composition_z"].shape == (1, 1, 1, 1)
 
 
 def test_the_contract_of_names(gpt2):
@@ -302,11 +367,19 @@ def test_the_contract_of_names(gpt2):
         assert found[name].dims == ("layer", "part")
     for name in ("qk_norm", "ov_norm", "ov_copying", "full_ov_copying", "ov_copying_null_mean", "ov_copying_null_std"):
         assert found[name].dims == ("layer", "head")
-    scalars = ("embedding_norm", "unembedding_norm", "final_norm_norm", "total_norm", "total_norm_without_embeddings")
+    assert all(found[name].dims == ("layer", "head", "layer_to", "head_to") for name in PAIRS)
+    scalars = (
+        "composition_chance",
+        "embedding_norm",
+        "unembedding_norm",
+        "final_norm_norm",
+        "total_norm",
+        "total_norm_without_embeddings",
+    )
     assert all(found[name].dims == () for name in (*scalars, *(f"total_{step}" for step in STEPS)))
     assert found["part"].values.tolist() == ["attention", "mlp", "norm"]
     for name in found:
-        assert found[name].dtype == "float64"
+        assert found[name].dtype == ("float32" if name in PAIRS else "float64")
         assert found[name].attrs["description"]
     assert set(found) == set(weights.DESCRIPTIONS)
 

@@ -1,4 +1,4 @@
-"""Tables and figures of /saturation and /weights: the scan's own numbers, whole at any width, readable by machines."""
+"""Tables and figures of /saturation: the scan's own numbers, whole at any width, readable by machines."""
 
 import io
 import json
@@ -11,21 +11,18 @@ import metaint
 from metaint.errors import InputError
 from metaint.views.page import write_page
 from metaint.views.saturation import (
-    group_json,
     plot_head_saturation,
     plot_saturation,
     print_saturation,
-    print_weights,
     saturation_figures,
     saturation_frame,
-    weights_frame,
 )
 from metaint.views.streams import scan_json
 
 
 @pytest.fixture(scope="module")
-def both(gpt2, repeated):
-    return metaint.scan(gpt2, repeated, [metaint.SaturationProbe(), metaint.WeightProbe()])
+def scaled(gpt2, repeated):
+    return metaint.scan(gpt2, repeated, [metaint.SaturationProbe()])
 
 
 @pytest.fixture(scope="module")
@@ -40,54 +37,48 @@ def printed(function, scan, width):
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_tables_fit(both, swept, width):
-    for function, scan in ((print_saturation, both), (print_weights, both), (print_saturation, swept)):
+def test_tables_fit(scaled, swept, width):
+    for function, scan in ((print_saturation, scaled), (print_saturation, swept)):
         text = printed(function, scan, width)
         assert max(len(line) for line in text.splitlines()) <= width
         assert "…" not in text
 
 
-def test_tables_hold_the_scan_s_numbers(both, swept):
-    text = printed(print_saturation, both, 200)
+def test_tables_hold_the_scan_s_numbers(scaled, swept):
+    text = printed(print_saturation, scaled, 200)
     for name in ("similarity", "kl", "loss_change"):
-        for value in both["saturation"][name].isel(layer=-1, missing_dims="ignore").values:
+        for value in scaled["saturation"][name].isel(layer=-1, missing_dims="ignore").values:
             assert f"{abs(value):.3f}" in text
-    nearest = both["saturation"]["total_variation"].isel(scale=0, layer=1)
+    nearest = scaled["saturation"]["total_variation"].isel(scale=0, layer=1)
     assert f"1.{int(nearest.argmin())}  {float(nearest.min()):.3f}" in text
-    weights = printed(print_weights, both, 200)
-    assert f"{both['weights']['full_ov_copying'].values.max():.3f}" in weights
     published = printed(print_saturation, swept, 200)
     assert "Published estimator" in published
     assert f"{float(swept['saturation']['attended_mean'][1, 2]):.3f}" in published
 
 
-def test_frames_and_json(both):
-    frame = saturation_frame(both)
+def test_frames_and_json(scaled):
+    frame = saturation_frame(scaled)
     assert len(frame) == 7 * 2
     at = frame[(frame["scale"] == 4) & (frame["layer"] == 1)].iloc[0]
-    assert at["similarity"] == float(both["saturation"]["similarity"].sel(scale=4, layer=1))
-    assert at["kl"] == float(both["saturation"]["kl"].sel(scale=4))
-    heads = weights_frame(both)
-    assert heads["qk_norm"].tolist() == both["weights"]["qk_norm"].values.ravel().tolist()
-    assert heads["parameter_norm_mlp"][5] == float(both["weights"]["parameter_norm"].sel(layer=1, part="mlp"))
-    found = json.loads(scan_json(both), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert at["similarity"] == float(scaled["saturation"]["similarity"].sel(scale=4, layer=1))
+    assert at["kl"] == float(scaled["saturation"]["kl"].sel(scale=4))
+    found = json.loads(scan_json(scaled), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert found["saturation"]["coordinates"]["scale"]["data"][-1] == "inf"
     assert found["saturation"]["variables"]["similarity"]["dims"] == ["scale", "layer"]
-    assert math.isclose(found["saturation"]["variables"]["kl"]["data"][2], float(both["saturation"]["kl"][2]))
-    assert group_json(both["weights"].to_dataset())["attributes"]["parameters"] > 0
+    assert math.isclose(found["saturation"]["variables"]["kl"]["data"][2], float(scaled["saturation"]["kl"][2]))
 
 
-def test_figures_draw_what_they_say(both, swept, tmp_path):
-    figure = plot_saturation(both)
+def test_figures_draw_what_they_say(scaled, swept, tmp_path):
+    figure = plot_saturation(scaled)
     curves = [trace for trace in figure.data if trace.name == "scale 4"]
-    assert list(curves[0].y) == both["saturation"]["similarity"].sel(scale=4).values.tolist()
-    assert list(curves[1].y) == both["saturation"]["total_variation"].sel(scale=4).mean("head").values.tolist()
+    assert list(curves[0].y) == scaled["saturation"]["similarity"].sel(scale=4).values.tolist()
+    assert list(curves[1].y) == scaled["saturation"]["total_variation"].sel(scale=4).mean("head").values.tolist()
     null = next(trace for trace in figure.data if "other tokens" in trace.name)
-    assert list(null.y) == both["saturation"]["similarity_null"].isel(scale=-1).values.tolist()
-    grid = plot_head_saturation(both).data[0]
-    assert grid.z.tolist() == both["saturation"]["total_variation"].isel(scale=0).values.tolist()
+    assert list(null.y) == scaled["saturation"]["similarity_null"].isel(scale=-1).values.tolist()
+    grid = plot_head_saturation(scaled).data[0]
+    assert grid.z.tolist() == scaled["saturation"]["total_variation"].isel(scale=0).values.tolist()
     assert grid.customdata[1][3] == "1.3"
-    for scan, names in ((both, ["saturation", "head_saturation"]), (swept, ["saturation"])):
+    for scan, names in ((scaled, ["saturation", "head_saturation"]), (swept, ["saturation"])):
         figures = saturation_figures(scan)
         assert list(figures) == names
         assert all("How to read" in f.layout.annotations[-1].text for f in figures.values())
@@ -96,6 +87,6 @@ def test_figures_draw_what_they_say(both, swept, tmp_path):
 
 
 def test_a_scan_without_it_is_refused(repeated_scan):
-    for function in (plot_saturation, plot_head_saturation, saturation_frame, weights_frame):
-        with pytest.raises(InputError, match=r"no /(saturation|weights) group"):
+    for function in (plot_saturation, plot_head_saturation, saturation_frame):
+        with pytest.raises(InputError, match=r"no /saturation group"):
             function(repeated_scan)
