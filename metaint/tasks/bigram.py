@@ -1,25 +1,36 @@
 """The in-context bigram task of Bietti et al. 2023 ("Birth of a Transformer", 2306.00802).
 
-A Markov chain over characters, in which a few trigger tokens are always followed by an output token that is
-new in every sequence: a model can only predict it by remembering what followed the trigger before, as an
-induction head does. In: a text, whose characters give the chain. Out: tokens, and which positions can be
-predicted in context.
+A Markov chain over characters or tokens, in which a few trigger tokens are always followed by an output token that
+is new in every sequence: a model can only predict it by remembering what followed the trigger before, as an
+induction head does. In: a text, a row of token ids, or counts, which give the chain. Out: tokens, and which
+positions can be predicted in context.
 
 Source: transformer-birth `ihead_data.py`, `data/prepare.py` (the data as coded there, vectorised here).
 """
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.tasks.text import fold_prose, python_prose
+
+_UNITS = 1 << 40
+"""What a distribution is cut into: whole numbers, so that no draw is rounded onto a token of probability 0."""
+_LARGEST = (1 << 23) - 2
+"""The largest vocabulary: its rows of `_UNITS`, and two more, fit into int64."""
+_DENSE = 16_384
+"""The largest vocabulary whose bigram matrix is built (2 GiB)."""
+_GUIDE = 1 << 20
+"""How many parts all rows are cut into at most, to look up ids by."""
+_BUDGET = 1 << 23
+"""How many sequences times different triggers are walked at once (64 MiB)."""
 
 
 class BigramSample(NamedTuple):
@@ -36,13 +47,39 @@ class BigramSample(NamedTuple):
     """The token that follows `triggers` in that sequence, always."""
 
 
+class _Cells(NamedTuple):
+    """Distributions over ids, one row after the other: row r covers the whole numbers from r * _UNITS on, and each of
+    its ids those from `low` to below `end`, at least one. Arrays [cell]; `key` is the row times vocab, plus the id."""
+
+    key: np.ndarray
+    id: np.ndarray
+    low: np.ndarray
+    end: np.ndarray
+    guide: np.ndarray
+    """Each row in equal parts: the id that covers the whole part, or -1."""
+    shift: int
+    """A part has 2 to this power."""
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The ids that cover these places; most by the guide, which is faster than to search."""
+        ids = self.guide.take(places >> self.shift)
+        shared = (ids < 0).nonzero()
+        ids[shared] = self.id.take(self.end.searchsorted(places[shared], "right"))
+        return ids
+
+
 @dataclass(frozen=True, eq=False)
 class BigramTask:
-    """The distribution (`unigram` and `bigram` in float64), and how triggers and outputs are chosen."""
+    """The chain, in float64, and how triggers and outputs are chosen. Made by `from_text`, `from_tokens` or
+    `from_counts`."""
 
     vocabulary: tuple[str, ...]
     unigram: Float[Tensor, "vocab"]
-    bigram: Float[Tensor, "vocab vocab"]
+    """Shares, which sum to 1; 0 for an id that doesn't occur: it is never drawn, as trigger, output or else."""
+    pairs: Int[Tensor, "2 pair"]
+    """Each id and one that follows it, in ascending order. An id that is missing here goes on by `unigram`."""
+    weights: Float[Tensor, "pair"]
+    """The probability of the follower given the id."""
     triggers: Literal["fixed", "random"] = "random"
     trigger_count: int = 5
     offset: int = 0
@@ -51,18 +88,19 @@ class BigramTask:
     outputs: Literal["all", "train", "test"] = "all"
 
     def __post_init__(self) -> None:
-        vocab = len(self.vocabulary)
+        found = len(self._occurring)
+        unit = "characters" if all(len(word) == 1 for word in self.vocabulary) else "tokens"
         if self.triggers not in ("fixed", "random"):
             raise InputError(f"triggers is {self.triggers!r}; give 'fixed' or 'random'.")
         if self.outputs not in ("all", "train", "test"):
             raise InputError(f"outputs is {self.outputs!r}; give 'all', 'train' or 'test'.")
-        if not 1 <= self.trigger_count <= vocab:
+        if not 1 <= self.trigger_count <= found:
             raise InputError(
-                f"trigger_count is {self.trigger_count}; give 1 to {vocab}, the number of different characters."
+                f"trigger_count is {self.trigger_count}; give 1 to {found}, the number of different {unit}."
             )
-        if not 0 <= self.offset <= vocab - self.trigger_count:
+        if not 0 <= self.offset <= found - self.trigger_count:
             raise InputError(
-                f"offset is {self.offset}; give 0 to {vocab - self.trigger_count}, "
+                f"offset is {self.offset}; give 0 to {found - self.trigger_count}, "
                 f"so that {self.trigger_count} triggers remain below it in the ranking."
             )
         if self.offset and self.triggers == "random":
@@ -73,15 +111,14 @@ class BigramTask:
             raise InputError(
                 f"outputs is {self.outputs!r} together with bigram_outputs; give outputs='all' or bigram_outputs=False."
             )
-        pool = self._pool
-        if not pool.any() or (self.no_repeat and int(pool.sum()) < 2):
+        if len(self._pool) < 1 + self.no_repeat:
             raise InputError(
-                f"outputs is {self.outputs!r}, which leaves {int(pool.sum())} of {vocab} characters "
-                f"as outputs; give a text with more different characters."
+                f"outputs is {self.outputs!r}, which leaves {len(self._pool)} of {found} {unit} "
+                f"as outputs; give a text with more different {unit}."
             )
 
     @classmethod
-    def from_text(cls, text: str, **options) -> "BigramTask":
+    def from_text(cls, text: str, **options: Any) -> "BigramTask":
         """The chain of the characters of `text`: counts over all of it, no smoothing; ids are in sorted
         order.
 
@@ -93,28 +130,114 @@ class BigramTask:
         - `no_repeat`: never let a trigger be its own output. Without it such sequences stay constant for ever
           (about 7 % of them with 5 triggers and 65 characters), and copying the current token already scores
           about 0.25.
-        - `outputs`: "train" or "test" keeps to the first 75 % or the last 25 % of the ids.
+        - `outputs`: "train" or "test" keeps to the first 75 % or the last 25 % of the ids that occur.
 
         Raises InputError for a text with fewer than two different characters, and for options out of range.
         """
         if not isinstance(text, str) or len(set(text)) < 2:
             found = f"a text of {len(text)} characters" if isinstance(text, str) else f"a {type(text).__name__}"
             raise InputError(f"text is {found}; give a string with at least two different characters.")
-        vocabulary = tuple(sorted(set(text)))
-        rank = {character: index for index, character in enumerate(vocabulary)}
-        unigram = torch.zeros(len(vocabulary), dtype=torch.float64)
-        for character, count in Counter(text).items():
-            unigram[rank[character]] = count
-        bigram = torch.zeros(len(vocabulary), len(vocabulary), dtype=torch.float64)
-        for (first, second), count in Counter(pairwise(text)).items():
-            bigram[rank[first], rank[second]] = count
-        bigram = torch.where(bigram.sum(1, keepdim=True) > 0, bigram, unigram)
-        return cls(vocabulary, unigram / unigram.sum(), bigram / bigram.sum(1, keepdim=True), **options)
+        vocabulary = sorted(set(text))
+        rank = {ord(character): index for index, character in enumerate(vocabulary)}
+        codes = np.frombuffer(text.translate(rank).encode("utf-32-le", "surrogatepass"), "<u4")
+        return cls.from_tokens(torch.from_numpy(codes.astype(np.int64)), vocabulary=vocabulary, **options)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        ids: Int[Tensor, "position"] | Sequence[int],
+        vocab: int | None = None,
+        vocabulary: Sequence[str] | None = None,
+        **options: Any,
+    ) -> "BigramTask":
+        """The chain of a text in a model's own tokens, whose samples can be fed to that model.
+
+        `vocab` is the size of the model's vocabulary, however few of its tokens occur (by default that of
+        `vocabulary`, else the largest id plus one); `vocabulary` has a name for each id, by default "<7>" and so on.
+        Triggers and outputs are drawn from the ids that occur. Options as in `from_text`. Raises InputError for ids
+        outside of the vocabulary, or fewer than two different ones.
+        """
+        ids = torch.as_tensor(ids).cpu()
+        if ids.dim() != 1 or ids.dtype == torch.bool or ids.is_floating_point():
+            kind = str(ids.dtype).removeprefix("torch.")
+            raise InputError(f"ids is {kind} of shape {tuple(ids.shape)}; give one row of whole numbers, [position].")
+        if vocab is None:
+            vocab = len(vocabulary) if vocabulary else int(ids.max()) + 1 if len(ids) else 0
+        for wrong in ids[(ids < 0) | (ids >= vocab)][:1].tolist():
+            raise InputError(f"ids holds {wrong}, outside the vocabulary 0..{vocab - 1}; give ids inside it.")
+        ids = ids.long()
+        pairs = torch.stack([ids[:-1], ids[1:]])
+        ones = torch.ones(pairs.shape[1], dtype=torch.float64)
+        counts = torch.sparse_coo_tensor(pairs, ones, (vocab, vocab), check_invariants=True)
+        return cls.from_counts(ids.bincount(minlength=vocab), counts, vocabulary, **options)
+
+    @classmethod
+    def from_counts(
+        cls, unigram: Tensor, bigram: Tensor, vocabulary: Sequence[str] | None = None, **options: Any
+    ) -> "BigramTask":
+        """The chain with these counts, or weights on any scale: `unigram` [vocab], and `bigram` [vocab, vocab], the
+        row followed by the column, dense or `torch.sparse_coo_tensor`.
+
+        `vocabulary` and options as in `from_tokens`. Raises InputError for shapes that don't go together, counts
+        below 0 or not finite, pairs of an id that `unigram` lacks, or fewer than two ids that occur.
+        """
+        if bigram.shape != 2 * unigram.shape:
+            shapes = f"{tuple(unigram.shape)} and {tuple(bigram.shape)}"
+            raise InputError(f"unigram and bigram have shapes {shapes}; give [vocab] and [vocab, vocab].")
+        vocab = len(unigram)
+        if vocab > _LARGEST:
+            raise InputError(f"unigram has {vocab} ids; give at most {_LARGEST}.")
+        if vocabulary is not None and len(vocabulary) != vocab:
+            raise InputError(f"vocabulary has {len(vocabulary)} entries; give {vocab}, one for each id.")
+        sparse = bigram.detach().cpu().to_sparse().coalesce()
+        unigram, counts, pairs = unigram.detach().cpu().double(), sparse.values().double(), sparse.indices()
+        for name, values in (("unigram", unigram), ("bigram", counts)):
+            for wrong in values[~((values >= 0) & values.isfinite())][:1].tolist():
+                raise InputError(f"{name} holds {wrong:g}; give finite counts of at least 0.")
+        if (unigram > 0).sum() < 2:
+            raise InputError(f"{int((unigram > 0).sum())} of {vocab} ids occur; give at least two different ones.")
+        counts, pairs = counts[counts > 0], pairs[:, counts > 0]
+        for wrong in pairs[unigram[pairs] == 0][:1].tolist():
+            raise InputError(f"bigram has a pair with id {wrong}, whose unigram count is 0; give it one above 0.")
+        totals = torch.zeros(vocab).double().index_add_(0, pairs[0], counts)
+        names = tuple(vocabulary or (f"<{index}>" for index in range(vocab)))
+        return cls(names, unigram / unigram.sum(), pairs, counts / totals[pairs[0]], **options)
 
     @property
     def vocab(self) -> int:
         """The number of different tokens."""
         return len(self.vocabulary)
+
+    @cached_property
+    def bigram(self) -> Float[Tensor, "vocab vocab"]:
+        """The probability of the column after the row, as a matrix; raises InputError above 16,384 tokens."""
+        if self.vocab > _DENSE:
+            raise InputError(
+                f"vocab is {self.vocab}, too large for a matrix [vocab, vocab]; "
+                f"read pairs and weights, or make a task with at most {_DENSE} tokens."
+            )
+        matrix = self.unigram.repeat(self.vocab, 1)
+        matrix[self.pairs[0]] = 0
+        matrix[*self.pairs] = self.weights
+        return matrix
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Of a token by itself, in nats."""
+        return float(-torch.xlogy(self.unigram, self.unigram).sum())
+
+    @property
+    def bigram_entropy(self) -> float:
+        """Of a token given the one before, in nats: the mean over `unigram` of the entropy of its row."""
+        followed = -(self.unigram[self.pairs[0]] * torch.xlogy(self.weights, self.weights)).sum()
+        return float(followed + self.unigram[~self._followed].sum() * self.unigram_entropy)
+
+    @cached_property
+    def fixed_triggers(self) -> Int[Tensor, "trigger"]:
+        """The ids that are triggers in every sequence, the most frequent last; none with triggers="random"."""
+        end = self.vocab - self.offset
+        start = end - self.trigger_count if self.triggers == "fixed" else end
+        return self.unigram.argsort(stable=True)[start:end]
 
     def sample(
         self,
@@ -134,53 +257,114 @@ class BigramTask:
                 raise InputError(f"{name} is {value}; give at least 1.")
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
         triggers = self._draw_triggers(batch, generator)
-        uniform = torch.rand(batch, self.trigger_count, generator=generator, dtype=torch.float64)
-        outputs = _invert(self._output_cumulative[triggers], uniform)
-        rules = torch.full((batch, self.vocab), -1).scatter_(1, triggers, outputs)
+        outputs = self._draw_outputs(triggers, _uniform(batch, self.trigger_count, generator))
+        uniform = _uniform(batch, length + 1, generator)
+        rows = max(1, _BUDGET // len(np.unique(triggers)))
+        tokens, outs = (torch.empty(batch, count, dtype=torch.long) for count in (length + 1, length))
+        for begin in range(0, batch, rows):
+            part = slice(begin, begin + rows)
+            tokens[part], outs[part] = self._walk(triggers[part], outputs[part], uniform[part])
+        return BigramSample(*(torch.as_tensor(part).to(device) for part in (tokens, outs, triggers, outputs)))
 
-        uniform = torch.rand(batch, length + 1, generator=generator, dtype=torch.float64)
-        steps = [_invert(_cumulate(self.unigram).expand(batch, -1), uniform[:, 0])]
-        for time in range(1, length + 1):
-            ruled = rules.gather(1, steps[-1][:, None])[:, 0]
-            free = _invert(self._cumulative[steps[-1]], uniform[:, time])
-            steps.append(torch.where(ruled >= 0, ruled, free))
-        tokens = torch.stack(steps, dim=1)
+    # NumPy from here on: on a few hundred numbers its calls cost a third of torch's, and never wait for threads.
 
-        hits = tokens[:, :-1, None] == triggers[:, None]
-        outs = (hits * hits.cumsum(1)).sum(-1)
-        return BigramSample(*(part.to(device) for part in (tokens, outs, triggers, outputs)))
-
-    def _draw_triggers(self, batch: int, generator: torch.Generator) -> Int[Tensor, "batch trigger"]:
+    def _draw_triggers(self, batch: int, generator: torch.Generator) -> np.ndarray:
+        """Ids [batch, trigger]; random ones by what the shares of those drawn before leave."""
         if self.triggers == "fixed":
-            end = self.vocab - self.offset
-            ranking = self.unigram.argsort(stable=True)[end - self.trigger_count : end]
-            return ranking.repeat(batch, 1)
-        # The largest K of log p + Gumbel noise are a draw without replacement (noise -log E, E exponential).
-        noise = torch.empty(batch, self.vocab, dtype=torch.float64).exponential_(generator=generator)
-        return (self.unigram.log() - noise.log()).topk(self.trigger_count, dim=1).indices
+            return np.tile(self.fixed_triggers.numpy(), (batch, 1))
+        ids = self._occurring.numpy()
+        low, size = self._stretch(np.full_like(ids, self.vocab), ids)
+        drawn = np.empty((batch, 0), np.int64)
+        for draw in _uniform(batch, self.trigger_count, generator).T:
+            taken = np.sort(drawn, 1)
+            place = _place(draw, low[taken], size[taken])
+            drawn = np.concatenate([drawn, low.searchsorted(place, "right")[:, None] - 1], 1)
+        return ids[drawn]
 
-    @cached_property
-    def _pool(self) -> Tensor:
-        """Which ids may be outputs: bool [vocab]."""
-        index, border = torch.arange(self.vocab), int(0.75 * self.vocab)
-        return {"all": index >= 0, "train": index < border, "test": index >= border}[self.outputs]
-
-    @cached_property
-    def _cumulative(self) -> Float[Tensor, "vocab vocab"]:
-        return _cumulate(self.bigram)
-
-    @cached_property
-    def _output_cumulative(self) -> Float[Tensor, "trigger output"]:
-        """For each trigger, the cumulative distribution of its output."""
-        allowed = self._pool.expand(self.vocab, -1).double()
+    def _draw_outputs(self, triggers: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """Ids of the shape of `triggers`, from their own rows or from the pool."""
+        row = self._row_of[triggers] if self.bigram_outputs else np.full_like(triggers, self.vocab + 1)
+        place = (uniform * _UNITS).astype(np.int64)
         if self.no_repeat:
-            allowed = allowed * (1 - torch.eye(self.vocab, dtype=torch.float64))
-        weights = self.bigram * allowed if self.bigram_outputs else allowed
-        # A character that is only ever followed by itself has no other bigram output: any will do.
-        return _cumulate(torch.where(weights.sum(1, keepdim=True) > 0, weights, allowed))
+            # A token that is only ever followed by itself has no other bigram output: any will do.
+            row = np.where(self._stretch(row, triggers)[1] < _UNITS, row, self.vocab + 1)
+            low, size = self._stretch(row, triggers)
+            place = _place(uniform, low[..., None], size[..., None])
+        return self._cells.at(row * _UNITS + place)
+
+    def _stretch(self, row: np.ndarray, id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in a row the cell of an id begins, and its size: 0 where the row has no such cell."""
+        cells, key = self._cells, row * self.vocab + id
+        cell = np.minimum(cells.key.searchsorted(key), len(cells.key) - 1)
+        size = np.where(cells.key[cell] == key, cells.end[cell] - cells.low[cell], 0)
+        return cells.low[cell] - row * _UNITS, size
+
+    def _walk(self, triggers: np.ndarray, outputs: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Tokens [batch, length+1], drawn at `uniform` of that shape where no trigger rules, and `outs`."""
+        batch = len(triggers)
+        # Each sequence has a column for each trigger of any of them, with -1 where it is not its own; column 0 is
+        # for all other ids.
+        distinct, inverse = np.unique(triggers, return_inverse=True)
+        column = np.zeros(self.vocab, np.int64)
+        column[distinct] = np.arange(1, len(distinct) + 1)
+        rules = np.full((batch, len(distinct) + 1), -1, np.int32)
+        np.put_along_axis(rules, inverse.reshape(triggers.shape) + 1, outputs.astype(np.int32), 1)
+        first, rules, seen = np.arange(batch) * rules.shape[1], rules.ravel(), np.zeros(rules.size, np.int32)
+        start, places = self._row_of * _UNITS, (uniform * _UNITS).astype(np.int64)
+        places = torch.from_numpy(places).T.contiguous().numpy()
+        tokens, outs = np.empty_like(places), np.empty_like(places[1:])
+        tokens[0] = self._cells.at(self.vocab * _UNITS + places[0])
+        for time, last in enumerate(tokens[:-1]):
+            at = first + column.take(last)
+            rule = rules.take(at)
+            ruled = rule >= 0
+            seen[at] = outs[time] = seen.take(at) + ruled
+            tokens[time + 1] = np.where(ruled, rule, self._cells.at(start.take(last) + places[time + 1]))
+        return torch.from_numpy(tokens).T, torch.from_numpy(outs).T
+
+    @cached_property
+    def _occurring(self) -> Int[Tensor, "id"]:
+        return self.unigram.nonzero()[:, 0]
+
+    @cached_property
+    def _pool(self) -> Int[Tensor, "id"]:
+        """The ids that may be outputs."""
+        ids, border = self._occurring, int(0.75 * len(self._occurring))
+        return {"all": ids, "train": ids[:border], "test": ids[border:]}[self.outputs]
+
+    @cached_property
+    def _followed(self) -> Bool[Tensor, "vocab"]:
+        """Which ids have a row of their own."""
+        return torch.zeros(self.vocab, dtype=torch.bool).index_fill_(0, self.pairs[0], True)
+
+    @cached_property
+    def _row_of(self) -> np.ndarray:
+        """For each id the row of `_cells` that the next token is drawn from."""
+        return np.where(self._followed.numpy(), np.arange(self.vocab, dtype=np.int64), self.vocab)
+
+    @cached_property
+    def _cells(self) -> _Cells:
+        """Row i for what follows id i, then one for the unigram distribution, and one for the pool of outputs."""
+        pairs, occurring, pool = self.pairs.numpy(), self._occurring.numpy(), self._pool.numpy()
+        id = np.concatenate([pairs[1], occurring, pool])
+        row = np.concatenate([pairs[0], np.full_like(occurring, self.vocab), np.full_like(pool, self.vocab + 1)])
+        weights = np.concatenate([self.weights, self.unigram[occurring], np.full(len(pool), 1 / len(pool))])
+        total = np.concatenate([np.zeros(1), weights.cumsum()])
+        first, behind = row.searchsorted(row), row.searchsorted(row, "right")
+        share = (total[1:] - total[first]) / (total[behind] - total[first])
+        # Each cell gets one unit beforehand, so that whatever occurs can be drawn.
+        rank = np.arange(1, len(row) + 1) - first
+        end = row * _UNITS + (share * (_UNITS - (behind - first))).astype(np.int64) + rank
+        low = np.where(rank == 1, row * _UNITS, np.roll(end, 1))
+        bits = min(9, max(1, _GUIDE // (self.vocab + 2)).bit_length() - 1)
+        shift = _UNITS.bit_length() - 1 - bits
+        part = np.arange(self.vocab + 2 << bits, dtype=np.int64) << shift
+        cell = end.searchsorted(part, "right")
+        guide = np.where(end[cell] >= part + (1 << shift), id[cell], -1)
+        return _Cells(row * self.vocab + id, id, low, end, guide, shift)
 
 
-def bigram(text: str | None = None, **options) -> BigramTask:
+def bigram(text: str | None = None, **options: Any) -> BigramTask:
     """The in-context bigram task over the characters of `text`; options as in `BigramTask.from_text`.
 
     Without a text it is Python's own prose in a small alphabet (`fold_prose`): lower-case letters, digits,
@@ -190,14 +374,12 @@ def bigram(text: str | None = None, **options) -> BigramTask:
     return BigramTask.from_text(fold_prose(python_prose()) if text is None else text, **options)
 
 
-def _cumulate(weights: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row vocab"]:
-    """Cumulative distributions that end in exactly 1, so that `_invert` never lands on a weight of zero."""
-    total = weights.cumsum(-1)
-    return total / total[..., -1:]
+def _uniform(batch: int, count: int, generator: torch.Generator) -> np.ndarray:
+    return torch.rand(batch, count, generator=generator, dtype=torch.float64).numpy()
 
 
-def _invert(
-    cumulative: Float[Tensor, "batch *item vocab"], uniform: Float[Tensor, "batch *item"]
-) -> Int[Tensor, "batch *item"]:
-    """The first index whose cumulative weight exceeds `uniform`, which lies in [0, 1)."""
-    return torch.searchsorted(cumulative.contiguous(), uniform[..., None].contiguous(), right=True)[..., 0]
+def _place(uniform: np.ndarray, low: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Whole numbers below _UNITS outside of the stretches that are taken, in ascending order along the last axis."""
+    place = (uniform * (_UNITS - size.sum(-1))).astype(np.int64)
+    free_below = low - (size.cumsum(-1) - size)
+    return place + (size * (free_below <= place[..., None])).sum(-1)

@@ -1,12 +1,21 @@
-import os
+import json
+import math
 import random
+import sys
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metaint.errors import InputError
-from metaint.tasks import BigramTask, bigram, read_text
+from metaint.tasks import BigramTask, bigram
 
+MODULE = sys.modules[BigramTask.__module__]
+STORED = json.loads((Path(__file__).parents[1] / "data" / "tinyshakespeare_counts.json").read_text())
 _WORDS = [
     "the",
     "cat",
@@ -29,20 +38,50 @@ _WORDS = [
 TEXT = " ".join(random.Random(0).choices(_WORDS, k=2000))
 
 
-def plain_sequence(task: BigramTask, length: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """One sequence and its `outs`, drawn token by token from the definition (fixed triggers)."""
-    ids = range(task.vocab)
-    triggers = sorted(ids, key=lambda i: float(task.unigram[i]))[-task.trigger_count :]
-    rule = {q: rng.choice([o for o in ids if not (task.no_repeat and o == q)]) for q in triggers}
-    tokens = rng.choices(ids, task.unigram.tolist())
+def plain_sequence(task: BigramTask, length: int, rng: random.Random) -> list[list[int]]:
+    """Tokens, outs, triggers and outputs of one sequence, drawn token by token from the definition."""
+    shares, rows = task.unigram.tolist(), task.bigram.tolist()
+    ids = [i for i, share in enumerate(shares) if share > 0]
+    triggers = sorted(ids, key=lambda i: shares[i])[len(ids) - task.offset - task.trigger_count :][: task.trigger_count]
+    if task.triggers == "random":
+        triggers, left = [], list(ids)
+        for _ in range(task.trigger_count):
+            triggers += rng.choices(left, [shares[i] for i in left])
+            left.remove(triggers[-1])
+    border = int(0.75 * len(ids))
+    pool = {"all": ids, "train": ids[:border], "test": ids[border:]}[task.outputs]
+    rule = {}
+    for trigger in triggers:
+        allowed = [o for o in pool if not (task.no_repeat and o == trigger)]
+        weights = [rows[trigger][o] if task.bigram_outputs else 1.0 for o in allowed]
+        rule[trigger] = rng.choices(allowed, weights if sum(weights) else None)[0]
+    tokens = rng.choices(range(task.vocab), shares)
     outs, seen = [], dict.fromkeys(triggers, 0)
     for _ in range(length):
         last = tokens[-1]
         if last in rule:
             seen[last] += 1
         outs.append(seen.get(last, 0))
-        tokens.append(rule[last] if last in rule else rng.choices(ids, task.bigram[last].tolist())[0])
-    return tokens, outs
+        tokens.append(rule[last] if last in rule else rng.choices(range(task.vocab), rows[last])[0])
+    return [tokens, outs, triggers, [rule[trigger] for trigger in triggers]]
+
+
+def statistics(task: BigramTask, tokens, outs, triggers, outputs) -> torch.Tensor:
+    """Per sequence: shares of each id among tokens, triggers and outputs, of outs 0, 1, 2+, and of a token or an
+    output equal to what comes before it."""
+    shares = [torch.nn.functional.one_hot(x, task.vocab).double().mean(1) for x in (tokens, triggers, outputs)]
+    kinds = torch.stack([outs == 0, outs == 1, outs >= 2, tokens[:, 1:] == tokens[:, :-1]], -1).double().mean(1)
+    return torch.cat([*shares, kinds, (triggers == outputs).double().mean(1, keepdim=True)], dim=1)
+
+
+def assert_like_plain(task: BigramTask, batch: int = 700, length: int = 30) -> None:
+    """The statistics of `sample` are those of the plain generator, up to 4.5 standard errors."""
+    rng = random.Random(2)
+    pairs = [plain_sequence(task, length, rng) for _ in range(batch)]
+    plain = statistics(task, *(torch.tensor([pair[i] for pair in pairs]) for i in range(4)))
+    here = statistics(task, *task.sample(10 * batch, length, seed=1))
+    error = ((here.var(0) / 10 + plain.var(0)) / batch).sqrt()
+    assert ((here.mean(0) - plain.mean(0)).abs() <= 4.5 * error + 1e-9).all()
 
 
 def test_distribution_of_the_text():
@@ -57,25 +96,22 @@ def test_a_character_without_follower_goes_on_by_frequency():
     assert torch.allclose(task.bigram[1], task.unigram)
 
 
-@pytest.mark.parametrize("no_repeat", [False, True])
-def test_statistics_equal_those_of_a_plain_generator(no_repeat):
-    task = bigram(TEXT, triggers="fixed", trigger_count=3, no_repeat=no_repeat)
-    batch, length = 1500, 40
-    sample = task.sample(batch, length, seed=1)
-    rng = random.Random(2)
-    pairs = [plain_sequence(task, length, rng) for _ in range(batch)]
-    tokens, outs = (torch.tensor([pair[i] for pair in pairs]) for i in (0, 1))
-
-    def statistics(tokens, outs):
-        """Per sequence: token shares, shares of outs 0, 1, 2+, and of a token equal to the one before."""
-        shares = torch.nn.functional.one_hot(tokens, task.vocab).double().mean(1)
-        kinds = torch.stack([outs == 0, outs == 1, outs >= 2], -1).double().mean(1)
-        same = (tokens[:, 1:] == tokens[:, :-1]).double().mean(1, keepdim=True)
-        return torch.cat([shares, kinds, same], dim=1)
-
-    here, plain = statistics(sample.tokens, sample.outs), statistics(tokens, outs)
-    error = ((here.var(0) + plain.var(0)) / batch).sqrt()
-    assert ((here.mean(0) - plain.mean(0)).abs() <= 4.5 * error + 1e-9).all()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"triggers": "fixed"},
+        {"triggers": "fixed", "offset": 2, "no_repeat": True},
+        {"triggers": "fixed", "bigram_outputs": True},
+        {},
+        {"no_repeat": True},
+        {"bigram_outputs": True, "no_repeat": True},
+        {"outputs": "train"},
+        {"outputs": "test", "no_repeat": True},
+    ],
+    ids=str,
+)
+def test_every_option_equals_a_plain_generator(options):
+    assert_like_plain(bigram(TEXT, trigger_count=3, **options))
 
 
 def test_transitions_follow_the_bigram_rows_where_no_trigger_rules():
@@ -204,18 +240,275 @@ def test_sizes_below_one(sizes):
         bigram(TEXT).sample(*sizes)
 
 
-@pytest.mark.skipif(
-    "METAINT_SHAKESPEARE" not in os.environ, reason="METAINT_SHAKESPEARE names no tiny-Shakespeare file"
-)
+def shakespeare(**options) -> BigramTask:
+    """The chain of tiny-Shakespeare, from its stored counts."""
+    first, second, counts = torch.tensor(STORED["bigram"]).T
+    chain = torch.sparse_coo_tensor(torch.stack([first, second]), counts, (65, 65), check_invariants=True)
+    return BigramTask.from_counts(torch.tensor(STORED["unigram"]), chain, STORED["vocabulary"], **options)
+
+
 def test_tiny_shakespeare():
-    """Entropies and shares computed from the text of char-rnn; they are not the paper's own numbers."""
-    task = bigram(read_text(os.environ["METAINT_SHAKESPEARE"]), triggers="fixed")
+    assert sum(STORED["unigram"]) == 1_115_394
+    assert sum(count for _, _, count in STORED["bigram"]) == 1_115_393
+    task = shakespeare(triggers="fixed")
     assert task.vocab == 65
-    assert int((task.bigram > 0).sum()) == 1403
-    assert float(-(task.unigram * task.unigram.log()).sum()) == pytest.approx(3.3128, abs=1e-4)
+    assert task.vocabulary[:3] == ("\n", " ", "!")
+    assert task.vocabulary[-1] == "z"
+    assert task.pairs.shape[1] == int((task.bigram > 0).sum()) == 1403
+    share = dict(zip(task.vocabulary, task.unigram.tolist(), strict=True))
+    assert [share[c] for c in " etoa"] == pytest.approx([0.1523, 0.0848, 0.0601, 0.0590, 0.0498], abs=5e-5)
+    assert task.unigram_entropy == pytest.approx(3.3128, abs=5e-5)
+    assert task.bigram_entropy == pytest.approx(2.4526, abs=5e-5)
+    assert task.fixed_triggers.tolist() == [39, 53, 58, 43, 1]
+
+
+def chain_statistics(task: BigramTask, batch: int) -> list[float]:
+    """Shares of `outs` 0, 1 and 2+ in 256 positions, the cross entropy of the chain itself where `outs` is 0, sequences
+    that end in one token for ever, and copies of the current token where `outs` is 2+."""
+    sample = task.sample(batch, 256)
+    inputs, targets = sample.tokens[:, :-1], sample.tokens[:, 1:]
+    free, known = sample.outs == 0, sample.outs >= 2
+    shares = [float(part.double().mean()) for part in (free, sample.outs == 1, known)]
+    loss = float(-task.bigram[inputs[free], targets[free]].log().mean())
+    constant = (sample.triggers == sample.outputs) & (sample.triggers == sample.tokens[:, -1:])
+    return [*shares, loss, float(constant.any(1).double().mean()), float((inputs == targets)[known].double().mean())]
+
+
+@pytest.mark.parametrize(
+    ("count", "triggers", "expected"),
+    [
+        (1, "fixed", [0.844, 0.004, 0.153, 2.265, 0.016, 0.104]),
+        (1, "random", [0.933, 0.004, 0.063, 2.403, 0.015, 0.208]),
+        (3, "fixed", [0.760, 0.011, 0.229, 2.217, 0.044, 0.179]),
+        (3, "random", [0.831, 0.011, 0.159, 2.325, 0.042, 0.232]),
+        (5, "fixed", [0.685, 0.019, 0.296, 2.136, 0.078, 0.237]),
+        (5, "random", [0.748, 0.018, 0.234, 2.252, 0.071, 0.267]),
+    ],
+)
+def test_statistics_of_tiny_shakespeare(count, triggers, expected):
+    """Against another generator's 4000 sequences. Of their copies most lie in the few constant sequences, which leaves
+    a standard error of 0.01 to 0.02 on either side."""
+    found = chain_statistics(shakespeare(trigger_count=count, triggers=triggers), 4000)
+    assert found[:5] == pytest.approx(expected[:5], abs=0.01)
+    assert found[5] == pytest.approx(expected[5], abs=0.04)
+
+
+def test_statistics_of_one_fixed_trigger_exactly():
+    """By the distribution of every position, for each of the 65 outputs in turn."""
+    task = shakespeare(triggers="fixed", trigger_count=1)
+    trigger, rows = int(task.fixed_triggers), task.bigram
+    ruled = rows.repeat(65, 1, 1)
+    ruled[:, trigger] = torch.eye(65)
+    at = never = task.unigram.repeat(65, 1)
+    visits, losses, missed = torch.zeros(65).double(), torch.zeros(65).double(), torch.zeros(65).double()
+    elsewhere = torch.arange(65) != trigger
+    entropies = -torch.xlogy(rows, rows).sum(1) * elsewhere
+    for _ in range(256):
+        visits, losses = visits + at[:, trigger], losses + at @ entropies
+        at, never = (at[:, None] @ ruled)[:, 0], never * elsewhere
+        missed, never = never.sum(1), never @ rows
+    met = 1 - missed
+    expected = [1 - visits.mean() / 256, met.mean() / 256, (visits - met).mean() / 256]
+    expected += [losses.sum() / (256 - visits).sum(), at[trigger, trigger] / 65]
+    expected += [(visits - met)[trigger] / (visits - met).sum()]
+    # 4.5 standard errors at 20,000 sequences.
+    errors = [0.004, 0.0001, 0.004, 0.007, 0.004, 0.024]
+    for found, exact, error in zip(chain_statistics(task, 20_000), expected, errors, strict=True):
+        assert abs(found - exact) < error
+
+
+def test_tokens_by_hand():
+    task = BigramTask.from_tokens(torch.tensor([3, 1, 3, 7, 3]), vocab=10, triggers="fixed", trigger_count=2)
+    assert task.vocab == 10
+    assert task.vocabulary[7] == "<7>"
+    assert task.unigram.tolist() == pytest.approx([0, 0.2, 0, 0.6, 0, 0, 0, 0.2, 0, 0])
+    assert task.pairs.tolist() == [[1, 3, 3, 7], [3, 1, 7, 3]]
+    assert task.weights.tolist() == [1, 0.5, 0.5, 1]
+    assert task.bigram[3].tolist() == [0, 0.5, 0, 0, 0, 0, 0, 0.5, 0, 0]
+    assert torch.equal(task.bigram[0], task.unigram)
+    assert task.fixed_triggers.tolist() == [7, 3]
+    assert task.bigram_entropy == pytest.approx(0.6 * math.log(2))
+    assert task.sample(30, 5).tokens.unique().tolist() == [1, 3, 7]
+
+
+def test_parts_of_the_ids_that_occur():
+    ids = [3, 1, 3, 7, 3]
+    for part, expected in (("all", [1, 3, 7]), ("train", [1, 3]), ("test", [7])):
+        sample = BigramTask.from_tokens(ids, vocab=10, trigger_count=2, outputs=part).sample(50, 1)
+        assert sample.outputs.unique().tolist() == expected
+        assert set(sample.triggers.unique().tolist()) <= {1, 3, 7}
+
+
+def test_texts_tokens_and_counts_make_one_task():
+    task = bigram(TEXT, triggers="fixed")
+    rank = {character: index for index, character in enumerate(task.vocabulary)}
+    counts = torch.zeros(task.vocab, task.vocab).long()
+    for first, second in pairwise(TEXT):
+        counts[rank[first], rank[second]] += 1
+    unigram = torch.tensor([TEXT.count(character) for character in task.vocabulary])
+    others = [
+        BigramTask.from_tokens([rank[character] for character in TEXT], triggers="fixed"),
+        BigramTask.from_counts(unigram, counts, triggers="fixed"),
+        BigramTask.from_counts(unigram / 7, counts.to_sparse(), triggers="fixed"),
+    ]
+    for other in others:
+        torch.testing.assert_close(other.bigram, task.bigram, rtol=0, atol=1e-15)
+        assert torch.equal(other.sample(20, 50).tokens, task.sample(20, 50).tokens)
+
+
+def test_any_character():
+    task = bigram("a\U0001f600\ud800é" * 3 + "a", trigger_count=1)
+    assert task.vocabulary == ("a", "é", "\ud800", "\U0001f600")
+    assert task.pairs.tolist() == [[0, 1, 2, 3], [3, 0, 1, 2]]
+
+
+def test_ids_without_followers():
+    """They go on by the unigram distribution, also as triggers that draw their output from their own row."""
+    unigram = torch.tensor([4.0, 0.0, 3.0, 2.0, 1.0])
+    chain = torch.zeros(5, 5)
+    chain[0, 2], chain[0, 3], chain[3, 3], chain[3, 4] = 0.2, 0.6, 0.5, 1.5
+    task = BigramTask.from_counts(unigram, chain, trigger_count=2, bigram_outputs=True, no_repeat=True)
+    for row in (1, 2, 4):
+        assert torch.equal(task.bigram[row], task.unigram)
     entropies = -torch.xlogy(task.bigram, task.bigram).sum(1)
-    assert float((task.unigram * entropies).sum()) == pytest.approx(2.4526, abs=1e-3)
-    sample = task.sample(2000, 256)
-    assert sample.triggers[0].tolist() == [39, 53, 58, 43, 1]
-    shares = [float((sample.outs == 0).double().mean()), float((sample.outs >= 2).double().mean())]
-    assert shares == pytest.approx([0.685, 0.296], abs=0.015)
+    assert task.bigram_entropy == pytest.approx(float(task.unigram @ entropies))
+    assert_like_plain(task)
+
+
+def test_entropy_of_independent_tokens():
+    shares = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    task = BigramTask.from_counts(shares, shares.outer(shares), trigger_count=1)
+    assert task.unigram_entropy == pytest.approx(1.75 * math.log(2))
+    assert task.bigram_entropy == pytest.approx(1.75 * math.log(2))
+
+
+def test_fixed_triggers_are_those_of_every_sequence():
+    task = bigram("aaaabbbccd" * 3, triggers="fixed", trigger_count=2, offset=1)
+    assert task.fixed_triggers.tolist() == [2, 1]
+    assert bigram(TEXT).fixed_triggers.tolist() == []
+
+
+CHAINS = st.integers(2, 7).flatmap(
+    lambda vocab: st.tuples(
+        st.lists(st.integers(0, vocab - 1), min_size=2, max_size=30).filter(lambda ids: len(set(ids)) > 1),
+        st.integers(vocab, vocab + 3),
+        st.integers(1, 7),
+    )
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    CHAINS,
+    st.sampled_from(["fixed", "random"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_any_chain_keeps_its_rules(chain, triggers, bigram_outputs, no_repeat, seed):
+    ids, vocab, count = chain
+    options = {"triggers": triggers, "bigram_outputs": bigram_outputs, "no_repeat": no_repeat}
+    task = BigramTask.from_tokens(ids, vocab, trigger_count=min(count, len(set(ids))), **options)
+    assert torch.allclose(task.bigram.sum(1), torch.ones(vocab).double())
+    sample = task.sample(8, 12, seed)
+    assert set(sample.tokens.flatten().tolist()) <= set(ids)
+    assert set(sample.outputs.flatten().tolist()) <= set(ids)
+    if no_repeat:
+        assert (sample.triggers != sample.outputs).all()
+    for tokens, outs, keys, values in zip(*(part.tolist() for part in sample), strict=True):
+        rule = dict(zip(keys, values, strict=True))
+        assert len(rule) == task.trigger_count
+        assert set(keys) <= set(ids)
+        for time, (token, following) in enumerate(pairwise(tokens)):
+            assert outs[time] == (tokens[: time + 1].count(token) if token in rule else 0)
+            assert following == rule[token] if token in rule else task.bigram[token, following] > 0
+
+
+def test_the_rarest_id_can_be_drawn():
+    unigram = torch.tensor([1.0, 1e-30, 1.0, 1e-300], dtype=torch.float64)
+    task = BigramTask.from_counts(unigram, torch.ones(4, 4), trigger_count=4)
+    assert (task.sample(50, 1).triggers.sort(1).values == torch.arange(4)).all()
+
+
+def test_large_vocabulary():
+    """40,000 ids, of which about 21,000 occur: little memory, and no other id comes."""
+    shares = 1 / torch.arange(1, 40_001).double()
+    shares[::2] = 0
+    ids = torch.multinomial(shares, 300_000, True, generator=torch.Generator().manual_seed(0))
+    occurring = ids.unique()
+    task = BigramTask.from_tokens(ids, vocab=40_000, bigram_outputs=True, no_repeat=True)
+    tracemalloc.start()
+    try:
+        sample = task.sample(256, 64)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 256 * 40_000 * 8
+    assert torch.isin(sample.tokens, occurring).all()
+    assert torch.isin(sample.triggers, occurring).all()
+    assert (sample.triggers != sample.outputs).all()
+    first, second = (part[sample.outs == 0] for part in (sample.tokens[:, :-1], sample.tokens[:, 1:]))
+    assert torch.isin(first * task.vocab + second, task.pairs[0] * task.vocab + task.pairs[1]).all()
+    with pytest.raises(InputError, match=r"^vocab is 40000, too large for a matrix \[vocab, vocab\]; read pairs"):
+        _ = task.bigram
+
+
+@pytest.mark.parametrize("task", [shakespeare(), BigramTask.from_tokens(torch.arange(20_000).repeat(2) % 17_001)])
+def test_cells_have_the_size_of_their_probability(task):
+    cells, rows = task._cells, task.vocab
+    share = torch.from_numpy(cells.end - cells.low) / MODULE._UNITS
+    expected = torch.cat([task.weights, task.unigram[task.unigram > 0], torch.full((rows,), 1 / rows).double()])
+    torch.testing.assert_close(share.double(), expected, rtol=1e-6, atol=1e-9)
+    assert (cells.end[1:] > cells.end[:-1]).all()
+    assert (cells.at(cells.low) == cells.id).all()
+    assert (cells.at(cells.end - 1) == cells.id).all()
+
+
+@pytest.mark.parametrize(("name", "value"), [("_BUDGET", 8), ("_GUIDE", 1)])
+def test_samples_do_not_depend_on_the_way(monkeypatch, name, value):
+    """In slices of the batch, or with every token searched for."""
+    expected = bigram(TEXT).sample(30, 40, seed=5)
+    monkeypatch.setattr(MODULE, name, value)
+    for found, part in zip(bigram(TEXT).sample(30, 40, seed=5), expected, strict=True):
+        assert torch.equal(found, part)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "sentence"),
+    [
+        ([[1, 2]], {}, "ids is int64 of shape (1, 2); give one row of whole numbers, [position]."),
+        ([1.0, 2.0], {}, "ids is float32 of shape (2,); give one row of whole numbers, [position]."),
+        ([1, 5, 2], {"vocab": 5}, "ids holds 5, outside the vocabulary 0..4; give ids inside it."),
+        ([1, -1, 2], {}, "ids holds -1, outside the vocabulary 0..2; give ids inside it."),
+        ([1, 1, 1], {}, "1 of 2 ids occur; give at least two different ones."),
+        ([1, 0], {"vocab": 3, "vocabulary": "ab"}, "vocabulary has 2 entries; give 3, one for each id."),
+        ([1, 0, 1], {}, "trigger_count is 5; give 1 to 2, the number of different tokens."),
+    ],
+)
+def test_bad_tokens_get_one_sentence(ids, options, sentence):
+    with pytest.raises(InputError) as caught:
+        BigramTask.from_tokens(ids, **options)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("unigram", "chain", "sentence"),
+    [
+        ([1, 1, 1], [[1, 1]], "unigram and bigram have shapes (3,) and (1, 2); give [vocab] and [vocab, vocab]."),
+        ([1, -1], [[1, 1], [1, 1]], "unigram holds -1; give finite counts of at least 0."),
+        ([1, 1], [[1, math.nan], [1, 1]], "bigram holds nan; give finite counts of at least 0."),
+        ([1, 0], [[1, 0], [0, 0]], "1 of 2 ids occur; give at least two different ones."),
+        ([1, 1, 0], [[1, 1, 1]] * 3, "bigram has a pair with id 2, whose unigram count is 0; give it one above 0."),
+    ],
+)
+def test_bad_counts_get_one_sentence(unigram, chain, sentence):
+    with pytest.raises(InputError) as caught:
+        BigramTask.from_counts(torch.tensor(unigram), torch.tensor(chain))
+    assert str(caught.value) == sentence
+
+
+def test_too_many_ids():
+    many = torch.ones(1 << 23)
+    nothing = torch.sparse_coo_tensor(torch.empty(2, 0).long(), [], 2 * many.shape, check_invariants=True)
+    with pytest.raises(InputError, match=r"^unigram has 8388608 ids; give at most 8388606\.$"):
+        BigramTask.from_counts(many, nothing)
