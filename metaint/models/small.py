@@ -38,6 +38,7 @@ def small_transformer(
     gated: bool = False,
     biases: bool = True,
     final_norm: bool | None = None,
+    parallel: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -47,7 +48,9 @@ def small_transformer(
     `norm` says what a sublayer does to the stream x: "pre" x + sublayer(LN(x)) (GPT-2), "output" x + LN(sublayer(x))
     (what Merrill et al. 2021 call pre-norm, and OLMo-2), "post" LN(x + sublayer(x)) (the original Transformer).
     `final_norm` puts another LayerNorm before the unembedding: by default with "pre" and "output", not with "post".
-    A `gated` MLP is (act(x W_gate) * (x W_in + b_in)) W_out + b_out. Without `biases` norms have none either.
+    `parallel` ("pre" alone) has the MLP read what attention reads, x + attn(LN1(x)) + mlp(LN2(x)), as GPT-NeoX does and
+    the full model of Bietti et al. 2023 (transformer-birth `ihead_full_model.py`). A `gated` MLP is
+    (act(x W_gate) * (x W_in + b_in)) W_out + b_out. Without `biases` norms have none either.
     Weights are normal with std 0.02 (W_O and W_out: over sqrt(2 n_layers)), biases 0, gains 1; they depend on `seed`
     alone, and the global random state stays as it was. Raises InputError for what can't be built.
     """
@@ -60,11 +63,13 @@ def small_transformer(
             raise InputError(f"{name} is {size}: give at least 1.")
     if d_model < 1 or d_model % n_heads:
         raise InputError(f"d_model is {d_model}: give a multiple of the {n_heads} heads.")
+    if parallel and norm != "pre":
+        raise InputError(f'parallel is True, and norm is {norm!r}: only "pre" has a parallel form.')
     cfg = SimpleNamespace(**sizes, d_model=d_model, act_fn=act, gated_mlp=gated, seed=seed, device=device, dtype=dtype)
     cfg.norm, cfg.biases, cfg.final_norm = norm, biases, norm != "post" if final_norm is None else final_norm
     cfg.model_name, cfg.d_head, cfg.eps, cfg.default_prepend_bos = f"small-{norm}", d_model // n_heads, 1e-5, False
     # The kind of model in TransformerLens's words, which probes and the hook audit ask for.
-    cfg.attn_only, cfg.parallel_attn_mlp, cfg.attention_dir = False, False, "causal"
+    cfg.attn_only, cfg.parallel_attn_mlp, cfg.attention_dir = False, parallel, "causal"
     cfg.normalization_type, cfg.positional_embedding_type = "LN", "standard"
     return SmallTransformer(cfg)
 
@@ -107,21 +112,33 @@ class SmallTransformer(HookedRootModule):
         `attention_mask` [batch, position], as tokens, is 0 at padding, left or right: others don't attend to it, and
         positions and loss leave it out. Raises InputError for an unknown `return_type` and shapes that don't fit.
         """
-        if return_type not in ("logits", "loss", None):
-            raise InputError(f'return_type is {return_type!r}: choose "logits", "loss" or None.')
-        real = (torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens.device)).bool()
-        shape, least, most = tuple(tokens.shape), 2 if return_type == "loss" else 1, self.cfg.n_ctx
-        if len(shape) != 2 or real.shape != shape or not least <= shape[1] <= most:
-            raise InputError(f"tokens is {shape}, its mask {(*real.shape,)}: give both as [batch, {least} to {most}].")
+        real = real_tokens(tokens, attention_mask, return_type, self.cfg.n_ctx)
         positions = (real.cumsum(-1) - 1).clamp(min=0)
         stream = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.pos_embed(positions))
         for block in self.blocks:
             stream = block(stream, attention_mask=real)
         stream = stream if self.ln_final is None else self.ln_final(stream)
-        if return_type != "loss":
-            return None if return_type is None else self.unembed(stream)
-        targets = tokens[:, 1:].long().masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
-        return F.cross_entropy(self.unembed(stream)[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+        if return_type is None:
+            return None
+        logits = self.unembed(stream)
+        return logits if return_type == "logits" else next_token_loss(logits, tokens, real)
+
+
+def real_tokens(tokens: Tensor, attention_mask: Tensor | None, return_type: str | None, n_ctx: int) -> Tensor:
+    """Which tokens are no padding, bool [batch, position]; InputError for what no forward pass here takes."""
+    if return_type not in ("logits", "loss", None):
+        raise InputError(f'return_type is {return_type!r}: choose "logits", "loss" or None.')
+    real = (torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens.device)).bool()
+    shape, least = tuple(tokens.shape), 2 if return_type == "loss" else 1
+    if len(shape) != 2 or real.shape != shape or not least <= shape[1] <= n_ctx:
+        raise InputError(f"tokens is {shape}, its mask {(*real.shape,)}: give both as [batch, {least} to {n_ctx}].")
+    return real
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the next token, where both it and the current one are real."""
+    targets = tokens[:, 1:].long().masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
 class _Part(nn.Module):
@@ -144,11 +161,15 @@ class _Part(nn.Module):
 
 class _Block(_Part):
     def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg, "resid_pre attn_out resid_mid mlp_out resid_post")
+        middle = "" if cfg.parallel_attn_mlp else "resid_mid"
+        super().__init__(cfg, f"resid_pre attn_out {middle} mlp_out resid_post")
         self.ln1, self.attn, self.ln2, self.mlp = _LayerNorm(cfg), _Attention(cfg), _LayerNorm(cfg), _MLP(cfg)
 
     def forward(self, stream: Tensor, attention_mask: Tensor) -> Tensor:
         stream = self.hook_resid_pre(stream)
+        if self.cfg.parallel_attn_mlp:
+            attended = stream + self.hook_attn_out(self.attn(self.ln1(stream), attention_mask))
+            return self.hook_resid_post(attended + self.hook_mlp_out(self.mlp(self.ln2(stream))))
         stream = self.add(stream, lambda x: self.attn(x, attention_mask), self.ln1, self.hook_attn_out)
         return self.hook_resid_post(self.add(self.hook_resid_mid(stream), self.mlp, self.ln2, self.hook_mlp_out))
 

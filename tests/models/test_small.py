@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import metaint
 from metaint.errors import InputError
 from metaint.models.audit import CHECKS
+from metaint.models.describe import shape_of
 from metaint.models.parameters import own_parameters, part_of
 from metaint.models.small import SmallTransformer, small_transformer
 
@@ -47,7 +48,9 @@ def readings(model: SmallTransformer, tokens: Tensor = TOKENS, **inputs: Any) ->
 # ---- the same model, written out plainly ------------------------------------------------------------------------
 
 
-def plain_logits(weights: dict[str, Tensor], norm: str, act: Any, gated: bool, tokens: Tensor) -> Tensor:
+def plain_logits(
+    weights: dict[str, Tensor], norm: str, act: Any, gated: bool, tokens: Tensor, parallel: bool = False
+) -> Tensor:
     def layer_norm(name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.w"], weights.get(f"{name}.b"))
 
@@ -73,9 +76,11 @@ def plain_logits(weights: dict[str, Tensor], norm: str, act: Any, gated: bool, t
     biased = "blocks.0.attn.b_Q" in weights
     x = weights["embed.weight"][tokens] + weights["pos_embed.weight"][: tokens.shape[1]]
     for layer in range(SIZES["n_layers"]):
-        block = f"blocks.{layer}"
+        block, start = f"blocks.{layer}", x
         for sublayer, name in ((attention, "ln1"), (mlp, "ln2")):
-            if norm == "pre":
+            if parallel:
+                x = x + sublayer(block, layer_norm(f"{block}.{name}", start))
+            elif norm == "pre":
                 x = x + sublayer(block, layer_norm(f"{block}.{name}", x))
             elif norm == "output":
                 x = x + layer_norm(f"{block}.{name}", sublayer(block, x))
@@ -91,6 +96,14 @@ def plain_logits(weights: dict[str, Tensor], norm: str, act: Any, gated: bool, t
 def test_logits_are_those_of_the_model_written_out(norm: str, act: Any, function: Any, gated: bool) -> None:
     model = small(norm, act=act, gated=gated)
     expected = plain_logits(model.state_dict(), norm, function, gated, TOKENS)
+    torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_parallel_logits_are_those_of_the_model_written_out(gated: bool, biases: bool) -> None:
+    model = small("pre", gated=gated, biases=biases, parallel=True)
+    expected = plain_logits(model.state_dict(), "pre", F.relu, gated, TOKENS, parallel=True)
     torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-12)
 
 
@@ -131,13 +144,26 @@ def test_every_hook_fires_once_with_what_its_name_says(norm: str, gated: bool) -
         assert torch.equal(raw, added) == (norm != "output")
 
 
+def test_parallel_sublayers_read_the_stream_before_the_block() -> None:
+    model = small("pre", parallel=True)
+    assert shape_of(model).sublayers == "parallel"
+    found = readings(model)
+    assert set(found) == set(model.hook_dict)
+    assert not any(name.endswith("hook_resid_mid") for name in found)
+    before = found["blocks.1.hook_resid_pre"]
+    for norm in ("ln1", "ln2"):
+        expected = F.layer_norm(before, before.shape[-1:])
+        torch.testing.assert_close(found[f"blocks.1.{norm}.hook_normalized"], expected)
+    assert (metaint.audit(model)["status"] == "holds").all()
+
+
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("norm", PLACEMENTS)
 def test_the_audit_finds_all_that_can_hold(norm: str, gated: bool, biases: bool) -> None:
     table = metaint.audit(small(norm, gated=gated, biases=biases)).set_index("check")
-    # After a post-norm what a block writes does not add up, and there is no final norm to speak of.
-    missing = {"residual", "final_norm"} if norm == "post" else set()
+    # After a post-norm what a block writes does not add up or reach later heads, and there is no final norm.
+    missing = {"attention_input", "residual", "final_norm"} if norm == "post" else set()
     expected = {check: "unavailable" if check in missing else "holds" for check in CHECKS}
     assert table["status"].to_dict() == expected
     if norm == "post":
@@ -147,7 +173,7 @@ def test_the_audit_finds_all_that_can_hold(norm: str, gated: bool, biases: bool)
 
 def test_a_final_norm_after_post_norm_is_audited() -> None:
     table = metaint.audit(small("post", final_norm=True)).set_index("check")
-    assert (table["status"].drop("residual") == "holds").all()
+    assert (table["status"].drop(["attention_input", "residual"]) == "holds").all()
 
 
 @pytest.mark.parametrize("norm", PLACEMENTS)
@@ -156,9 +182,9 @@ def test_the_fresh_model_passes_the_audit_in_float32(norm: str) -> None:
     assert (statuses == "fails").sum() == 0
 
 
-@pytest.mark.parametrize("norm", ["pre", "output"])
-def test_scans_read_heads_stream_and_inner_loss(norm: str) -> None:
-    model = small(norm)
+@pytest.mark.parametrize(("norm", "parallel"), [("pre", False), ("pre", True), ("output", False)])
+def test_scans_read_heads_stream_and_inner_loss(norm: str, parallel: bool) -> None:
+    model = small(norm, parallel=parallel)
     probes = [metaint.HeadProbe(), metaint.ResidualProbe(), metaint.InnerProbe()]
     scan = metaint.scan(model, TOKENS, probes)
     assert scan.attrs["model"] == f"small-{norm}"
@@ -368,6 +394,7 @@ def test_states_can_be_kept_and_loaded() -> None:
         ({"act": "tanh"}, "act is 'tanh': choose one of relu, gelu."),
         ({"n_layers": 0}, "n_layers is 0: give at least 1."),
         ({"d_model": 18}, "d_model is 18: give a multiple of the 4 heads."),
+        ({"norm": "post", "parallel": True}, "parallel is True, and norm is 'post': only \"pre\" has a parallel form."),
     ],
 )
 def test_what_cannot_be_built_is_said(settings: dict[str, Any], sentence: str) -> None:
