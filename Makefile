@@ -27,6 +27,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/residual.py
 	$(BIN)/python benchmarks/saturation.py
+	$(BIN)/python benchmarks/bigram.py
+	$(BIN)/python benchmarks/memory.py
 
 # TransformerLens 3.9: HookedTransformer and the bridge side by side.
 .venv-tl3/installed: pyproject.toml constraints-tl3.txt

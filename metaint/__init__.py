@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from metaint.labels import label_heads
     from metaint.measures.measure import kind, statistic
     from metaint.models.audit import audit
+    from metaint.models.memory import key_composition_recall, ov_recall, previous_position_recall
     from metaint.models.open import open_model
     from metaint.models.parameters import scaled
     from metaint.probes.heads import HeadProbe
     from metaint.probes.inner import InnerProbe
+    from metaint.probes.memory import MemoryProbe
     from metaint.probes.probe import Probe
     from metaint.probes.residual import ResidualProbe
     from metaint.probes.saturation import SaturationProbe
@@ -50,10 +52,12 @@ _HOMES = {
     "metaint.labels": ("label_heads",),
     "metaint.measures.measure": ("kind", "statistic"),
     "metaint.models.audit": ("audit",),
+    "metaint.models.memory": ("key_composition_recall", "ov_recall", "previous_position_recall"),
     "metaint.models.open": ("open_model",),
     "metaint.models.parameters": ("scaled",),
     "metaint.probes.heads": ("HeadProbe",),
     "metaint.probes.inner": ("InnerProbe",),
+    "metaint.probes.memory": ("MemoryProbe",),
     "metaint.probes.probe": ("Probe",),
     "metaint.probes.residual": ("ResidualProbe",),
     "metaint.probes.saturation": ("SaturationProbe",),

@@ -27,6 +27,7 @@ _PROBES = {
     "residual": "ResidualProbe",
     "inner": "InnerProbe",
     "saturation": "SaturationProbe",
+    "memory": "MemoryProbe",
     "weights": "WeightProbe",
 }
 
@@ -43,9 +44,7 @@ def main() -> None:
 @app.command()
 def scan(
     model: Model,
-    probes: Annotated[
-        str, typer.Option(help="Joined by commas: heads, residual, inner, saturation, weights; one pass feeds all.")
-    ] = "heads",
+    probes: Annotated[str, typer.Option(help=f"Joined by commas: {', '.join(_PROBES)}; one pass feeds all.")] = "heads",
     text: Annotated[Path | None, typer.Option(help="Read windows of this text.")] = None,
     repeat: Annotated[
         int | None, typer.Option(help="Read random tokens, this many, repeated twice (default 50).")
@@ -64,7 +63,7 @@ def scan(
     seed: Annotated[int, typer.Option(help="Seed of the random tokens or of the choice of windows.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Save the scan as a Zarr folder.")] = None,
     figures: Annotated[
-        Path | None, typer.Option(help="Write the figures of residual, inner and saturation to this HTML page.")
+        Path | None, typer.Option(help="Write the figures of residual, inner, saturation and memory to this HTML page.")
     ] = None,
     sort: Annotated[str | None, typer.Option(help="Score to sort the table by.")] = None,
     top: Annotated[int | None, typer.Option(help="Print only this many heads; 0 for all.")] = None,
@@ -73,8 +72,8 @@ def scan(
 ) -> None:
     """Score and label every head of MODEL; with --probes, read its stream, losses, saturation and weights too."""
     chosen = _probe_names(probes)
-    drawn = set(chosen) & {"residual", "inner", "saturation"}
-    check(figures is None or bool(drawn), "--figures draws residual, inner and saturation: add one to --probes.")
+    drawn = bool(set(chosen) & {"residual", "inner", "saturation", "memory"})
+    check(figures is None or drawn, "--figures draws residual, inner, saturation and memory: add one to --probes.")
     check_page(figures)
     check(not as_csv or len(chosen) == 1, f"--csv holds one table, and --probes asks for {probes}: choose one.")
     check("heads" in chosen or (sort is None and top is None), "--sort and --top are for heads: add it to --probes.")
@@ -235,9 +234,11 @@ def _as_text(found: Any, chosen: list[str], as_json: bool) -> str:
 
     if as_json:
         return (to_json if chosen == ["heads"] else scan_json)(found)
-    from metaint.views.saturation import saturation_frame, weights_frame
+    from metaint.views.memory import memory_frame
+    from metaint.views.saturation import saturation_frame
+    from metaint.views.weights import weights_frame
 
-    frames = {"saturation": saturation_frame, "weights": weights_frame}
+    frames = {"saturation": saturation_frame, "memory": memory_frame, "weights": weights_frame}
     frame = frames.get(chosen[0], lambda scan: layer_frame(scan, chosen[0]))
     return (to_csv(found) if chosen == ["heads"] else frame(found).to_csv(index=False)).rstrip("\n")
 
@@ -257,21 +258,27 @@ def _keep(found: Any, out: Path | None, figures: Path | None) -> None:
 def _figures(found: Any) -> dict[str, Any]:
     """Every figure that the groups of a scan allow."""
     from metaint.views.figures import stream_figures
+    from metaint.views.memory import plot_memory
     from metaint.views.saturation import saturation_figures
 
-    drawn = stream_figures(found) if {"residual", "inner"} & set(found.children) else {}
-    return {**drawn, **(saturation_figures(found) if "saturation" in found.children else {})}
+    groups = set(found.children)
+    drawn = stream_figures(found) if {"residual", "inner"} & groups else {}
+    drawn |= saturation_figures(found) if "saturation" in groups else {}
+    return drawn | ({"memory": plot_memory(found)} if "memory" in groups else {})
 
 
 def _print_groups(console: Console, found: Any, chosen: list[str], sort: str | None, top: int | None) -> None:
-    from metaint.views.saturation import print_saturation, print_weights
+    from metaint.views.memory import print_memory
+    from metaint.views.saturation import print_saturation
     from metaint.views.streams import print_inner, print_residual
     from metaint.views.tables import print_scan
+    from metaint.views.weights import print_weights
 
     tables = {
         "residual": print_residual,
         "inner": print_inner,
         "saturation": print_saturation,
+        "memory": print_memory,
         "weights": print_weights,
     }
     for name in chosen:

@@ -13,6 +13,7 @@ with install_import_hook(["metaint.measures"], "beartype.beartype"):
     import metaint.measures.attention
     import metaint.measures.correlation
     import metaint.measures.inner
+    import metaint.measures.memory
     import metaint.measures.norms
     import metaint.measures.positions
     import metaint.measures.resampling

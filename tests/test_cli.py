@@ -174,11 +174,11 @@ def test_three_probes_in_one_pass(run, folder, tmp_path):
     [
         (
             ["--probes", "heads,norms"],
-            "--probes is 'heads,norms': join some of heads, residual, inner, saturation, weights by commas",
+            "--probes is 'heads,norms': join some of heads, residual, inner, saturation, memory, weights by commas",
         ),
         (["--probes", "inner,inner"], "--probes is 'inner,inner': join some of"),
         (["--probes", ""], "--probes is '': join some of"),
-        (["--figures", "a.html"], "--figures draws residual, inner and saturation: add one to --probes."),
+        (["--figures", "a.html"], "--figures draws residual, inner, saturation and memory: add one to --probes."),
         (["--probes", "inner", "--figures", "a.png"], "--figures is a.png: give it a name that ends in .html."),
         (["--probes", "inner", "--figures", "no/a.html"], "--figures is no/a.html: there is no folder no."),
         (["--probes", "inner,heads", "--csv"], "--csv holds one table, and --probes asks for inner,heads: choose one."),

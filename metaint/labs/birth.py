@@ -1,198 +1,227 @@
-"""Birth of a transformer: how an induction head comes to be (Bietti et al. 2023, 2306.00802).
+"""`metaint lab birth`: an induction head is born, and with it the memories it is made of.
 
-In: a `BigramTask`. Out: the simplified two-layer model of that paper, trained, with states kept along the way.
-Source: transformer-birth `ihead_basic_model.py` (the model) and `ihead_basic_main.py` (the training).
+In: a text and what to vary. Out: small transformers trained on in-context bigrams, a recording of each over training,
+in words and figures when each memory formed and what the model could do by then. After Bietti et al. 2023, "Birth of a
+Transformer: A Memory Viewpoint" (2306.00802).
 """
 
-import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 import xarray as xr
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from rich.console import Console
 from tqdm.auto import tqdm
 
-from metaint.errors import InputError
-from metaint.models.toy import boot_toy
-from metaint.tasks.bigram import BigramSample, BigramTask
+from metaint.errors import InputError, StoreError
+from metaint.labs.birth_findings import describe, last_line, print_findings
+from metaint.labs.birth_run import RECORDING, Settings, first_gradients, frozen_steps, states_of, train_run
+from metaint.labs.birth_training import Diverged, restore
+from metaint.recording import read_recording
+from metaint.store import write_text
 
-TRAINED = ("blocks.0.attn.k.weight", "blocks.1.attn.k.weight", "blocks.1.attn.o.weight")
-"""Names in the model's state dict of W_K^1, W_K^2 and W_O^2, the three matrices that are trained."""
-
-Checkpoint = tuple[int, dict[str, Tensor]]
-
-
-class Training(NamedTuple):
-    """What `train` gives back."""
-
-    model: Any
-    checkpoints: list[Checkpoint]
-    """(step, state of the three trained matrices), closer together early; `restore` puts one into a model."""
-    history: xr.Dataset
-    """By `step`, on a fixed held-out batch and positions with `outs >= 2` alone: `loss` in nats, `accuracy`, and
-    `accuracy_without_copies`, which leaves out the positions whose target equals the current token."""
+QUICK: dict[str, Any] = {"length": 64, "batch": 64, "steps": 150, "records": 16}
+Tell = Callable[[str, int, float], None]
 
 
-def build(vocab: int, length: int = 128, d: int = 128, seed: int = 0, device: Any = None) -> Any:
-    """The untrained model: two layers, one head each, d_head = d_model = d, no normalisation, no MLP, no biases.
+class Findings(NamedTuple):
+    """What a study found, by the names of its runs."""
 
-    Embeddings and positions are standard normal, W_Q is the identity, every other matrix is uniform in ±1/√d (the
-    default of `torch.nn.Linear`, as in the paper's code). Only `TRAINED` require a gradient. The weights depend on
-    `seed` alone, and the global random state stays as it was.
-    """
-    for name, value in (("vocab", vocab), ("length", length), ("d", d)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; give at least 1.")
-    shape = {"n_layers": 2, "n_heads": 1, "d_model": d, "d_head": d, "n_ctx": length, "d_vocab": vocab}
-    model = boot_toy(shape, device=device)
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(name: str, like: Tensor) -> Tensor:
-        if name.endswith("bias"):
-            return torch.zeros_like(like)
-        if name.endswith("q.weight"):
-            return torch.eye(d)
-        if "embed.weight" in name and not name.startswith("unembed"):
-            return torch.randn(like.shape, generator=generator)
-        return (2 * torch.rand(like.shape, generator=generator) - 1) / math.sqrt(d)
-
-    model.load_state_dict({name: draw(name, like) for name, like in model.state_dict().items()})
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for matrix in trained_matrices(model).values():
-        matrix.requires_grad_(True)
-    return model
+    settings: dict[str, Settings]
+    recordings: dict[str, xr.DataTree]
+    gradients: dict[str, xr.Dataset]
+    """`/memory` of each run's first gradients."""
+    summary: pd.DataFrame
+    """One row a run: its settings and the numbers of `describe`."""
 
 
-def trained_matrices(model: Any) -> dict[str, Tensor]:
-    """The parameters named in `TRAINED`, in the orientation of torch.nn.Linear, [out, in]."""
-    return {name: model.get_parameter(name) for name in TRAINED}
-
-
-def restore(model: Any, checkpoint: Checkpoint) -> Any:
-    """Puts the matrices of one checkpoint into `model`, which is returned."""
-    matrices = trained_matrices(model)
-    with torch.no_grad():
-        for name, value in checkpoint[1].items():
-            matrices[name].copy_(value)
-    return model
-
-
-def train(
-    task: BigramTask,
+def runs(
     *,
-    length: int = 128,
-    d: int = 128,
-    batch: int = 32,
-    learning_rate: float = 0.5,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-4,
-    target: float = 0.85,
-    settle: float = 3.0,
-    steps: int = 1000,
-    every: int = 10,
-    keep: int = 20,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    on_step: Callable[[int, Any], None] | None = None,
-    progress: bool = False,
-) -> Training:
-    """Trains by SGD on fresh sequences, with the cross entropy of positions with `outs >= 2` alone as the loss.
+    triggers: Sequence[str] = ("fixed",),
+    trigger_counts: Sequence[int] = (5,),
+    outputs: Sequence[str] = ("uniform",),
+    layers: Sequence[int] = (2,),
+    seeds: Sequence[int] = (0,),
+    freeze: str = "",
+    **rest: Any,
+) -> list[Settings]:
+    """Every combination; with `freeze` ("W_K1:100,W_K2:100") each with these matrices frozen for so long, and without.
 
-    Every `every` steps the model meets a fixed held-out batch. Once its in-context accuracy has passed `target` at
-    step s, training goes on to step `settle * s` (1 stops at once) while the heads sharpen, and never beyond `steps`;
-    `history.attrs["passed_at"]` is s, or -1. About `keep` checkpoints come back, the first and last state among them.
-    `on_step(step, model)` is called before each step's update and after the last, for probes along the way.
-
-    The settings are ours, chosen for a small machine (the paper's code: length 256, batch 512, learning rate 0.2,
-    5 triggers). With `bigram(trigger_count=48, no_repeat=True)` they take about a minute on one core: the target is
-    passed near step 200, and since most characters are triggers, the induction head works for rare tokens
-    too. Everything depends on `seed` alone (weights, batches) up to the device's arithmetic, and the global random
-    state stays as it was. Raises InputError for settings that can't train.
+    `rest` are the other fields of `Settings`. InputError for what can't be trained, or nothing to train.
     """
-    for name, value in (("steps", steps), ("every", every), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; give at least 1.")
-    if keep < 2:
-        raise InputError(f"keep is {keep}; give at least 2, for the first and the last state.")
-    if not 0 < target <= 1:
-        raise InputError(f"target is {target}; give an accuracy above 0 and up to 1.")
-    if settle < 1:
-        raise InputError(f"settle is {settle}; give at least 1, which stops once the target is passed.")
-    model = build(task.vocab, length, d, seed, device)
-    matrices = trained_matrices(model)
-    optimizer = torch.optim.SGD(matrices.values(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
-    generator = torch.Generator().manual_seed(seed + 1)
-    held_out = task.sample(128, length, torch.Generator().manual_seed(seed + 2), device)
-    if not (held_out.outs >= 2).any():
-        raise InputError(f"length is {length}, too short for a trigger to come twice; give more, or more triggers.")
+    for name, values in (("triggers", triggers), ("outputs", outputs), ("layers", layers), ("seeds", seeds)):
+        if isinstance(values, str) or not values:
+            raise InputError(f"{name} is {values!r}: give a list of at least one.")
+    frozen = dict.fromkeys(["", freeze])
+    grid = product(triggers, trigger_counts, outputs, layers, seeds, frozen)
+    made = [Settings(t, k, o, layers=n, seed=s, frozen=f, **rest) for t, k, o, n, s, f in grid if n > 1 or f == ""]
+    return list(dict.fromkeys(made))
 
-    states: list[Checkpoint] = []
-    rows: list[dict[str, float]] = []
-    passed_at, last = -1, steps
-    step = 0
-    with tqdm(total=steps, disable=not progress, desc="training the toy", unit="step") as bar:
-        while True:
-            if step % every == 0 or step == last:
-                rows.append(evaluate(model, held_out))
-                states.append((step, {name: m.detach().cpu().clone() for name, m in matrices.items()}))
-                if not math.isfinite(rows[-1]["loss"]):
-                    raise InputError(
-                        f"learning_rate is {learning_rate}, with which the loss was no longer finite at step {step}; "
-                        f"give a smaller one."
-                    )
-                if passed_at < 0 and rows[-1]["accuracy"] > target:
-                    passed_at, last = step, min(steps, math.ceil(settle * step))
-                    bar.total = last
-                bar.set_postfix(accuracy=f"{rows[-1]['accuracy']:.2f}")
-            if on_step is not None:
-                on_step(step, model)
-            if step >= last:
-                break
-            sample = task.sample(batch, length, generator, device)
-            optimizer.zero_grad()
-            loss, _, _ = head_loss(model, sample)
-            loss.backward()
-            optimizer.step()
-            step += 1
-            bar.update()
-    history = xr.Dataset(
-        {name: ("step", [row[name] for row in rows]) for name in rows[0]},
-        coords={"step": [step for step, _ in states]},
+
+def study(
+    out: str | Path, settings: Sequence[Settings], text: str | None = None, *, jobs: int = 0, progress: bool = False
+) -> Findings:
+    """Train every run, each in its folder of `out`, and describe them; finished runs are not trained again.
+
+    `jobs` processes train at once (0: as many as there are runs and cores), and share the cores. A run whose loss is
+    no longer finite is left out of the figures, and its row says so. Raises InputError for what can't be trained, and
+    if no run has a finite loss; StoreError if `out` can't be written or is damaged, or a worker was killed (call again
+    to go on).
+    """
+    out, cores = Path(out), torch.get_num_threads()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out is {out}, which is a file: name a folder.")
+    if not settings:
+        raise InputError("settings is empty: give at least one run.")
+    if jobs < 0:
+        raise InputError(f"jobs is {jobs}: give a number of processes, or 0 for as many as there are cores.")
+    jobs = min(jobs or cores, len(settings))
+    with tqdm(total=sum(s.steps for s in settings), disable=not progress, desc="training", unit="step") as bar:
+        tell = _teller(bar)
+        if jobs > 1:
+            failed = _train_in_processes(out, settings, text, jobs, max(1, cores // jobs), tell)
+        else:
+            failed = {s.name: str(error) for s in settings if (error := _train(out, s, text, tell))}
+    named = {s.name: s for s in settings}
+    recordings = {name: read_recording(out / name / RECORDING) for name in named if name not in failed}
+    if not recordings:
+        raise InputError(f"no run has a finite loss: {next(iter(failed.values()))}")
+    gradients = {name: first_gradients(named[name], text) for name in recordings}
+    rows = [describe(named[name], recordings[name], gradients[name]) for name in recordings]
+    rows += [{"run": name, "order": f"diverged: {sentence}"} for name, sentence in failed.items()]
+    return Findings(named, recordings, gradients, pd.DataFrame(rows))
+
+
+def _teller(bar: Any) -> Tell:
+    """Moves a bar on by what several runs tell of themselves."""
+    seen: dict[str, tuple[int, float]] = {}
+
+    def tell(name: str, step: int, accuracy: float) -> None:
+        before = seen.get(name, (step, 0.0))[0]
+        seen[name] = (step, accuracy)
+        bar.set_postfix_str(f"accuracy {', '.join(f'{value:.2f}' for _, value in seen.values())}", refresh=False)
+        bar.update(step - before)
+
+    return tell
+
+
+def _train(out: Path, settings: Settings, text: str | None, tell: Tell) -> Diverged | None:
+    """Train one run; what it says of a loss that isn't finite comes back."""
+    try:
+        train_run(out / settings.name, settings, text, lambda step, accuracy: tell(settings.name, step, accuracy))
+    except Diverged as error:
+        return error
+    return None
+
+
+def _train_in_processes(
+    out: Path, settings: Sequence[Settings], text: str | None, jobs: int, threads: int, tell: Tell
+) -> dict[str, str]:
+    """Train runs side by side; the sentences of those that diverged, by name."""
+    context = get_context("spawn")  # a fork would copy torch's threads in whatever state they are
+    with context.Manager() as manager:
+        told = manager.Queue()
+        listener = Thread(target=lambda: [tell(*news) for news in iter(told.get, None)], daemon=True)
+        listener.start()
+        failed = {}
+        try:
+            with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+                tasks = {pool.submit(_train_and_tell, out, s, text, told): s.name for s in settings}
+                for task in as_completed(tasks):
+                    if (error := task.result()) is not None:
+                        failed[tasks[task]] = str(error)
+        except BrokenProcessPool as error:
+            raise StoreError(
+                f"a training process was killed; what it saved is in {out}: call again to go on."
+            ) from error
+        finally:
+            told.put(None)
+            listener.join()
+    return failed
+
+
+def _train_and_tell(out: Path, settings: Settings, text: str | None, told: Any) -> Diverged | None:
+    return _train(out, settings, text, lambda *news: told.put(news))
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def run(
+    console: Console,
+    out: str | Path,
+    settings: Sequence[Settings],
+    text: str | None = None,
+    *,
+    jobs: int = 0,
+    progress: bool = False,
+) -> Findings:
+    """Study, print what was found, and write `figures.html` and `summary.csv` to the folder `out`; the last line tells
+    accuracy and the step at which each memory passed one half. Raises what `study` raises."""
+    from metaint.views.page import write_page
+
+    out = Path(out)
+    cores = os.cpu_count() or 1
+    console.print(
+        f"{len(settings)} run{'s' * (len(settings) > 1)} of {settings[0].steps} steps of {settings[0].batch} sequences "
+        f"of {settings[0].length} tokens, on {cores} core{'s' * (cores > 1)}; finished ones are taken as they are",
+        style="dim",
+        markup=False,
     )
-    history.attrs = {
-        "target": target, "passed_at": passed_at, "length": length, "d": d, "batch": batch, "seed": seed,
-        "learning_rate": learning_rate, "momentum": momentum, "weight_decay": weight_decay,
-        "triggers": task.triggers, "trigger_count": task.trigger_count, "vocab": task.vocab,
-    }  # fmt: skip
-    return Training(model, _thin(states, keep), history)
+    found = study(out, settings, text, jobs=jobs, progress=progress)
+    print_findings(console, found.summary)
+    write_page(birth_figures(out, found, text), out / "figures.html", "Birth of an induction head")
+    write_text(out / "summary.csv", found.summary.to_csv(index=False))
+    console.print(f"figures, tables and recordings are in {out}", markup=False)
+    for row in found.summary.to_dict("records"):
+        if row["run"] in found.recordings:
+            console.print(last_line(row), markup=False, soft_wrap=True)
+    return found
 
 
-def head_loss(model: Any, sample: BigramSample) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy in nats where the target is known from the context (`outs >= 2`; 0 if it is nowhere), and at those
-    positions whether the best guess is right, and whether the target only copies the current token."""
-    known = sample.outs >= 2
-    inputs, targets = sample.tokens[:, :-1], sample.tokens[:, 1:][known]
-    logits = model(inputs)[known]
-    loss = cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
-    return loss, logits.argmax(-1) == targets, inputs[known] == targets
+def birth_figures(out: str | Path, found: Findings, text: str | None = None) -> dict[str, Any]:
+    """The figures of a study by name; of single models, those of its first run."""
+    from metaint.views import birth as views
+    from metaint.views import birth_pictures as pictures
+
+    plain = {name: tree for name, tree in found.recordings.items() if not found.settings[name].frozen}
+    frozen = {name: frozen_steps(found.settings[name].frozen) for name in found.recordings if name not in plain}
+    figures = {"birth": views.plot_birth(plain or found.recordings)}
+    if frozen:
+        figures["staged"] = views.plot_staged(found.recordings, frozen)
+    kinds = {(s.triggers, s.trigger_count, s.outputs, s.layers) for s in found.settings.values()}
+    if len(kinds) > 1:
+        figures["sweep"] = views.plot_sweep(plain or found.recordings)
+    name = next(iter(found.recordings))
+    models, tokens, vocabulary = _stages(Path(out) / name, found.settings[name], found.recordings[name], text)
+    ends = {n: models[n] for n in (min(models), max(models))}
+    figures["recalls"] = pictures.plot_recall_maps(ends, range(len(vocabulary)), vocabulary)
+    figures["attention"] = pictures.plot_attention_at_birth(models, tokens, vocabulary)
+    figures["gradients"] = views.plot_first_gradients(found.gradients, found.recordings)
+    return figures
 
 
-@torch.no_grad()
-def evaluate(model: Any, sample: BigramSample) -> dict[str, float]:
-    """`loss`, `accuracy` and `accuracy_without_copies` (nan where there is no such position) on a sample."""
-    loss, right, copies = head_loss(model, sample)
-    return {
-        "loss": loss.item(),
-        "accuracy": right.double().mean().item(),
-        "accuracy_without_copies": right[~copies].double().mean().item(),
+def _stages(
+    folder: Path, settings: Settings, recording: xr.DataTree, text: str | None
+) -> tuple[Mapping[str, Any], Any, tuple[str, ...]]:
+    """The model before training, when accuracy first passed one half (or half-way), and after; and tokens to read."""
+    task = settings.task(text)
+    training = recording["training"].to_dataset()
+    steps = training["step"].values
+    passed = steps[training["accuracy"].values >= 0.5]
+    born = int(passed[0]) if len(passed) else int(steps[len(steps) // 2])
+    states = dict(states_of(folder))
+    models = {
+        f"step {step:>{len(str(settings.steps))}}": restore(settings.model(task.vocab), (step, states[step]))
+        for step in sorted({int(steps[0]), born, int(steps[-1])})
     }
-
-
-def _thin(states: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
-    """About `keep` of the states, the first and the last among them, closer together early on."""
-    last = len(states) - 1
-    places = {round(last * (i / (keep - 1)) ** 1.5) for i in range(keep)} if last >= keep else range(last + 1)
-    return [states[place] for place in sorted(places)]
+    tokens = task.sample(1, settings.length, torch.Generator().manual_seed(settings.seed << 32)).tokens[:, :-1]
+    return models, tokens, task.vocabulary

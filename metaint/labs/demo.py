@@ -11,8 +11,8 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from metaint.labels import label_heads
-from metaint.labs.birth import Training, restore, train
-from metaint.models.toy import save_toy
+from metaint.labs.birth_training import Training, restore, train
+from metaint.models.toy import save_toy, toy_of
 from metaint.scanning import default_tokens, scan
 from metaint.store import save
 from metaint.tasks import bigram
@@ -46,7 +46,7 @@ def run(console: Console, text: str, seed: int = 0, out: Path = Path("demo.zarr"
     print_births(console, births, first_labelled(births))
     last = training.history.isel(step=-1)
     info = {"seed": seed, "accuracy": float(last["accuracy"]), "steps": int(last["step"])}
-    folder = save_toy(training.model, list(task.vocabulary), info)
+    folder = save_toy(toy_of(training.model), list(task.vocabulary), info)
     path = save(births, out)
     console.print(
         f"Done in {time.perf_counter() - began:.0f} s.\n"

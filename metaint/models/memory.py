@@ -116,6 +116,8 @@ class Memories:
     def positions(self) -> Float[Tensor, "position d_model"] | None:
         """Learned positions beside the mean token embedding, as they stand in the stream; None without any."""
         table = getattr(self.model, "W_pos", None)
+        if table is None:  # a bridge of TransformerLens 3
+            table = getattr(getattr(self.model, "pos_embed", None), "W_pos", None)
         kind = getattr(self.model.cfg, "positional_embedding_type", "standard")
         if kind not in ("standard", "shortformer") or not isinstance(table, Tensor):
             return None

@@ -54,6 +54,18 @@ def boot_toy(
     return bridge.boot_native(config, tokenizer=tokenizer, device=device, dtype=dtype, model_name="toy")
 
 
+def toy_of(model: Any) -> Any:
+    """The toy that computes what a `memory_transformer` with its default switches computes: the same weights."""
+    toy = boot_toy({name: int(getattr(model.cfg, name)) for name in _FIELDS}, device=model.W_E.device)
+    state = {name: torch.zeros_like(value) for name, value in toy.state_dict().items()}  # the biases stay so
+    state |= {"embed.weight": model.W_E, "pos_embed.weight": model.W_pos, "unembed.weight": model.W_U.mT}
+    for letter in "QKVO":
+        for layer, weight in enumerate(getattr(model, f"W_{letter}")):
+            state[f"blocks.{layer}.attn.{letter.lower()}.weight"] = weight[0].mT  # torch.nn.Linear keeps [out, in]
+    toy.load_state_dict(state)
+    return toy
+
+
 def save_toy(model: Any, vocabulary: list[str], info: dict[str, Any], folder: str | Path | None = None) -> Path:
     """Writes a model made by `boot_toy` to `folder` (default: `toy_folder()`), and returns that folder.
 

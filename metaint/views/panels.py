@@ -154,22 +154,23 @@ def _along(values: xr.DataArray) -> np.ndarray:
 
 def finish(figure: go.Figure, title: str, named: Mapping[str, xr.Dataset], caption: str, x_title: str) -> None:
     """The common look: title, x axis, legends right of their panels, and the caption below all."""
-    rows = sorted(axis for axis in figure.layout if axis.startswith("yaxis"))
+    layout: Any = figure.layout
+    rows = sorted(axis for axis in layout if axis.startswith("yaxis"))
     for row, axis in enumerate(rows, 1):
-        top = figure.layout[axis].domain[1]
-        figure.layout["legend" if row == 1 else f"legend{row}"] = {"x": 1.02, "y": top, "yanchor": "top"}
+        top = layout[axis].domain[1]
+        layout["legend" if row == 1 else f"legend{row}"] = {"x": 1.02, "y": top, "yanchor": "top"}
     lines = textwrap.wrap(caption, _CAPTION_WRAP)
     below = _CAPTION_AT + _LINE * len(lines) + 14
     figure.update_layout(
         template="plotly_white",
         width=WIDTH,
-        height=figure.layout.height + _TOP + below,
+        height=layout.height + _TOP + below,
         margin={"l": _LEFT, "r": 30, "t": _TOP, "b": below},
         title={"text": title, "x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 18}},
         title_subtitle={"text": _facts(named), "font": {"color": GREY}},
         font_family="Arial, Helvetica, sans-serif",  # the caption is wrapped for its width
         modebar_remove=["sendChartToCloud", "select", "lasso"],  # a click on the first would upload the figure
-        hovermode=figure.layout.hovermode or "x unified",
+        hovermode=layout.hovermode or "x unified",
     )
     figure.update_yaxes(automargin=False, title_standoff=8, zeroline=False)
     figure.update_xaxes(zeroline=False)

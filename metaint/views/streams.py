@@ -20,6 +20,7 @@ PROBES = {
     "residual": "ResidualProbe",
     "inner": "InnerProbe",
     "saturation": "SaturationProbe",
+    "memory": "MemoryProbe",
     "weights": "WeightProbe",
 }
 # Further dimensions of which each value becomes a column of its own.
@@ -74,7 +75,7 @@ def scan_json(scan: xr.DataTree) -> str:
             scalars = {str(k): None if v.isnull() else v.item() for k, v in data.data_vars.items() if not v.dims}
             layers = layer_frame(scan, group).to_json(orient="records", double_precision=12)
             found[group] = {"attributes": data.attrs, **scalars, "layers": json.loads(layers or "[]")}
-    for group in ("saturation", "weights"):
+    for group in ("saturation", "memory", "weights"):
         if group in scan.children:
             found[group] = group_json(group_of(scan, group))
     return json.dumps(found, indent=1, default=str)

@@ -77,7 +77,7 @@ def plot_training_saturation(recordings: Recordings) -> go.Figure:
     """
     parts = ("similarity", "similarity_low", "similarity_high", "similarity_null")
     layers: list[int] = []
-    for name, tree in _checked(recordings, "saturation").items():
+    for name, tree in checked(recordings, "saturation").items():
         if math.inf not in tree["saturation"].to_dataset().get("scale", []):
             raise InputError(f"the recording {name} has no kappa of infinity: record with SaturationProbe((1, inf)).")
         layers = max(layers, tree["saturation"].to_dataset()["layer"].values.tolist(), key=len)
@@ -103,7 +103,7 @@ def plot_training_saturation(recordings: Recordings) -> go.Figure:
 
 def plot_training_heads(recordings: Recordings) -> go.Figure:
     """How many heads hold the labels argmax and averaging over training. InputError where there is no /heads."""
-    counts = {name: head_counts(tree) for name, tree in _checked(recordings, "heads").items()}
+    counts = {name: head_counts(tree) for name, tree in checked(recordings, "heads").items()}
     named = {name: _on_root(data) for name, data in counts.items()}
     figure = panels(["argmax heads", "averaging heads"], [1, 1])
     for row, label in enumerate(("argmax", "averaging"), 1):
@@ -193,7 +193,8 @@ def head_counts(recording: xr.DataTree) -> xr.Dataset:
     return xr.Dataset(counts, {"step": steps}, {"heads": total, **heads.attrs})
 
 
-def _checked(recordings: Recordings, group: str) -> dict[str, xr.DataTree]:
+def checked(recordings: Recordings, group: str) -> dict[str, xr.DataTree]:
+    """The recordings, of which each has this group over steps; InputError for one that hasn't, and for none."""
     if not isinstance(recordings, Mapping) or not recordings:
         what = "empty" if isinstance(recordings, Mapping) else f"a {type(recordings).__name__}"
         raise InputError(f"recordings is {what}: pass a dict from names to recordings.")
@@ -213,8 +214,8 @@ def _over_root_steps(
     recordings: Recordings, group: str, variables: Any, at: Mapping[str, Any] | None = None
 ) -> dict[str, xr.Dataset]:
     """These variables of each recording at one place, along the root of the step."""
-    checked = _checked(recordings, group)
-    found = {name: _group(checked, name, group)[list(variables)].sel(at or {}, drop=True) for name in checked}
+    having = checked(recordings, group)
+    found = {name: _group(having, name, group)[list(variables)].sel(at or {}, drop=True) for name in having}
     return {name: _on_root(data) for name, data in found.items()}
 
 

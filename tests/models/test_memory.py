@@ -22,7 +22,7 @@ def share(scores, targets):
 
 def test_without_norms_the_recalls_are_products_of_the_weights():
     model = build(ATTENTION_ONLY).double()
-    E, U, P = model.W_E, model.W_U, model.W_pos
+    E, U, P = model.W_E, model.W_U, next(model.pos_embed.parameters())
     memories, ids = Memories(model, list(range(100))), torch.arange(100)
     for head in range(4):
         ov = model.W_V[0, head] @ model.W_O[0, head]
