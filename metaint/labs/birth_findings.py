@@ -89,7 +89,7 @@ def _by_memory(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in frame.to_dict("records"):
         for name in ("W_O1", "W_O2", "W_K2", "W_K2_all", "W_K1_early", "W_K1"):
-            told = f"gradient_{name}" in row or name == "W_K2_all"
+            told = f"gradient_{name}" in row or (name == "W_K2_all" and row["triggers"] == "fixed")
             if told and not math.isnan(row.get(name, math.nan)):
                 parts = {part: row.get(f"{part}_{name}", math.nan) for part in ("gradient", "half")}
                 rows.append({"run": row["run"], "memory": _word(name), "recall": row[name], **parts})
@@ -101,7 +101,7 @@ def _by_memory(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _print(console: Console, title: str, frame: pd.DataFrame, columns: dict[str, str]) -> None:
     table = plain_table(title, tight=True)
-    table.add_column("run")
+    table.add_column("run", overflow="fold")
     shown = {name: word for name, word in columns.items() if name in frame and bool(frame[name].notna().any())}
     for name, word in shown.items():
         table.add_column(word, justify="left" if name == "memory" else "right")

@@ -89,7 +89,7 @@ class Settings:
         """What the run and its folder are called."""
         parts = [f"{self.triggers}{self.trigger_count}", self.outputs, f"{self.layers}-layer", f"seed{self.seed}"]
         parts += ["no-repeat"] * self.no_repeat + ["all-positions"] * (self.loss == "all")
-        parts += ["frozen-" + self.frozen.replace(":", "").replace(",", "-")] if self.frozen else []
+        parts += ["frozen-" + self.frozen.replace(":", "@").replace(",", "-")] if self.frozen else []
         return "-".join(parts)
 
     @property
