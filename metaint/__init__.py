@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from metaint.probes.inner import InnerProbe
     from metaint.probes.memory import MemoryProbe
     from metaint.probes.probe import Probe
+    from metaint.probes.recurrence import RecurrenceProbe
     from metaint.probes.residual import ResidualProbe
     from metaint.probes.saturation import SaturationProbe
     from metaint.probes.weights import WeightProbe
     from metaint.recording import Recorder, read_recording
+    from metaint.recurring import recur
     from metaint.saturating import saturate
     from metaint.scanning import attach, read_cache, scan
     from metaint.store import load, save
@@ -59,10 +61,12 @@ _HOMES = {
     "metaint.probes.inner": ("InnerProbe",),
     "metaint.probes.memory": ("MemoryProbe",),
     "metaint.probes.probe": ("Probe",),
+    "metaint.probes.recurrence": ("RecurrenceProbe",),
     "metaint.probes.residual": ("ResidualProbe",),
     "metaint.probes.saturation": ("SaturationProbe",),
     "metaint.probes.weights": ("WeightProbe",),
     "metaint.recording": ("Recorder", "read_recording"),
+    "metaint.recurring": ("recur",),
     "metaint.saturating": ("saturate",),
     "metaint.scanning": ("attach", "read_cache", "scan"),
     "metaint.store": ("load", "save"),
