@@ -83,6 +83,8 @@ def study(
         raise InputError("settings is empty: give at least one run.")
     if jobs < 0:
         raise InputError(f"jobs is {jobs}: give a number of processes, or 0 for as many as there are cores.")
+    for each in settings:  # told now rather than after the first run
+        each.trainer(text)
     jobs = min(jobs or cores, len(settings))
     with tqdm(total=sum(s.steps for s in settings), disable=not progress, desc="training", unit="step") as bar:
         tell = _teller(bar)

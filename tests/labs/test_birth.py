@@ -135,6 +135,12 @@ def test_a_diverged_run_is_said_and_left_out(tmp_path):
         birth.study(tmp_path / "wild", [wild], TEXT, jobs=1)
 
 
+def test_what_cannot_be_trained_is_told_before_anything_is(tmp_path):
+    with pytest.raises(InputError, match=r"^frozen names 'W_K3'; name some of W_K1, W_K2, W_O2\.$"):
+        birth.study(tmp_path / "lab", birth.runs(freeze="W_K3:2", **TINY), TEXT, jobs=1)
+    assert not (tmp_path / "lab").exists()
+
+
 def test_order_in_words():
     passed = {"W_O2": 60, "W_K2": 20, "W_K1_early": 110, "W_K1": None, "accuracy": 80}
     ended = dict.fromkeys(passed, 0.25)
