@@ -156,9 +156,9 @@ def autoregression(
     batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0",
     jobs: Annotated[int, typer.Option(help="Runs trained at once; 0 for as many as there are cores.")] = 0,
-    out: Annotated[
-        Path, typer.Option(help="Folder for runs, figures and tables, one in it for each setting.")
-    ] = Path("autoregression-lab"),
+    out: Annotated[Path, typer.Option(help="Folder for runs, figures and tables, one in it for each setting.")] = Path(
+        "autoregression-lab"
+    ),
 ) -> None:
     """Do small transformers reach the optimum predicted for s_{t+1} = W s_t in context? Trains them; resumable."""
     check(not out.exists() or out.is_dir(), f"--out is {out}, which is a file: name a folder.")
