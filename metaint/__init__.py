@@ -8,6 +8,7 @@
 Names are loaded when first used, so that importing metaint costs little.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,15 @@ _ROOMS = ("measures", "tasks")
 __all__ = sorted([*_HOME, *_ROOMS, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
+def _add_accessor() -> None:
+    """`scan.metaint`, as soon as there is an xarray that could hold a scan; loading one only for this would cost."""
+    if "xarray" in sys.modules:
+        import_module("metaint.accessor")
+
+
+_add_accessor()
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         found = getattr(import_module(_HOME[name]), name)
@@ -84,6 +94,7 @@ def __getattr__(name: str) -> Any:
     else:
         raise AttributeError(f"module 'metaint' has no attribute {name!r}")
     globals()[name] = found
+    _add_accessor()
     return found
 
 

@@ -1,4 +1,4 @@
-"""The `metaint` command: demo, scan, audit, lab. Bad input is one sentence on stderr and exit status 2."""
+"""The `metaint` command: demo, scan, report, audit, lab. Bad input is one sentence on stderr and exit status 2."""
 
 import sys
 from pathlib import Path
@@ -62,9 +62,7 @@ def scan(
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the random tokens or of the choice of windows.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Save the scan as a Zarr folder.")] = None,
-    figures: Annotated[
-        Path | None, typer.Option(help="Write the figures of residual, inner, saturation and memory to this HTML page.")
-    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write every figure of the scan to this HTML page.")] = None,
     sort: Annotated[str | None, typer.Option(help="Score to sort the table by.")] = None,
     top: Annotated[int | None, typer.Option(help="Print only this many heads; 0 for all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -72,8 +70,6 @@ def scan(
 ) -> None:
     """Score and label every head of MODEL; with --probes, read its stream, losses, saturation and weights too."""
     chosen = _probe_names(probes)
-    drawn = bool(set(chosen) & {"residual", "inner", "saturation", "memory"})
-    check(figures is None or drawn, "--figures draws residual, inner, saturation and memory: add one to --probes.")
     check_page(figures)
     check(not as_csv or len(chosen) == 1, f"--csv holds one table, and --probes asks for {probes}: choose one.")
     check("heads" in chosen or (sort is None and top is None), "--sort and --top are for heads: add it to --probes.")
@@ -204,6 +200,18 @@ def audit(
 
 
 @app.command()
+def report(
+    scan: Annotated[Path, typer.Argument(help="A scan that --out wrote, or a recording over training.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the page.")] = Path("report.html"),
+) -> None:
+    """Write SCAN to one HTML file that opens offline: provenance, labels, and every figure with its source."""
+    check(out.suffix == ".html", f"--out is {out}: give it a name that ends in .html.")
+    from metaint.views.report import open_scan, write_report
+
+    console().print(f"saved to {write_report(open_scan(scan), out)}")
+
+
+@app.command()
 def demo(
     text: Annotated[Path | None, typer.Option(help="Build the task from this text, not from Python's prose.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the model and of its data.")] = 0,
@@ -257,14 +265,9 @@ def _keep(found: Any, out: Path | None, figures: Path | None) -> None:
 
 def _figures(found: Any) -> dict[str, Any]:
     """Every figure that the groups of a scan allow."""
-    from metaint.views.figures import stream_figures
-    from metaint.views.memory import plot_memory
-    from metaint.views.saturation import saturation_figures
+    from metaint.views.report import figures_of
 
-    groups = set(found.children)
-    drawn = stream_figures(found) if {"residual", "inner"} & groups else {}
-    drawn |= saturation_figures(found) if "saturation" in groups else {}
-    return drawn | ({"memory": plot_memory(found)} if "memory" in groups else {})
+    return {name: figure for figures in figures_of(found).values() for name, figure in figures.items()}
 
 
 def _print_groups(console: Console, found: Any, chosen: list[str], sort: str | None, top: int | None) -> None:

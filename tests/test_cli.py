@@ -178,7 +178,6 @@ def test_three_probes_in_one_pass(run, folder, tmp_path):
         ),
         (["--probes", "inner,inner"], "--probes is 'inner,inner': join some of"),
         (["--probes", ""], "--probes is '': join some of"),
-        (["--figures", "a.html"], "--figures draws residual, inner, saturation and memory: add one to --probes."),
         (["--probes", "inner", "--figures", "a.png"], "--figures is a.png: give it a name that ends in .html."),
         (["--probes", "inner", "--figures", "no/a.html"], "--figures is no/a.html: there is no folder no."),
         (["--probes", "inner,heads", "--csv"], "--csv holds one table, and --probes asks for inner,heads: choose one."),
@@ -224,6 +223,28 @@ def test_saturation_and_weights(run, folder, tmp_path):
     assert "total variation" in (tmp_path / "p.html").read_text()
     code, out, _ = run("scan", folder, "--probes", "weights", "--csv")
     assert len(list(csv.DictReader(io.StringIO(out)))) == 8
+
+
+def test_figures_and_report(run, folder, tmp_path):
+    asked = ("scan", folder, "--probes", "heads,weights", "--tokens", 300, "--out", tmp_path / "s.zarr")
+    assert run(*asked, "--figures", tmp_path / "p.html")[0] == 0
+    page = (tmp_path / "p.html").read_text()
+    assert all(f'<section id="{name}">' in page for name in ("heads", "weights"))
+    code, out, err = run("report", tmp_path / "s.zarr", "-o", tmp_path / "r.html")
+    assert (code, err) == (0, "")
+    assert "saved to" in out
+    assert "Scores of the heads</a>" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["none.zarr"], "none.zarr does not exist: give the folder that save or --out wrote."),
+        (["none.zarr", "-o", "r.txt"], "--out is r.txt: give it a name that ends in .html."),
+    ],
+)
+def test_a_report_that_can_not_be_written_is_one_sentence(run, arguments, sentence):
+    assert run("report", *arguments) == (2, "", f"metaint: {sentence}\n")
 
 
 def test_saturate(run, folder, tmp_path):

@@ -6,6 +6,7 @@ frames for machines; a plotly figure with a caption.
 
 import math
 import textwrap
+from html import escape
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.console import Console
 
-from metaint.views.panels import BLUE, GREY, finish
+from metaint.views.panels import BLUE, GREY, finish, short_name
 from metaint.views.streams import group_of
 from metaint.views.tables import number, print_columns
 
@@ -147,7 +148,8 @@ def plot_memory(scan: xr.DataTree) -> go.Figure:
         "works, since the rest of the stream is left out, and a head may recall what it never attends to."
     )
     finish(figure, "What the weights recall", {"": data}, caption, "")
-    read = f"{scan.attrs.get('model', 'scan')}: {data.attrs.get('tokens_read', '?')} tokens read"
+    name = escape(short_name(str(scan.attrs.get("model", "scan"))), quote=False)
+    read = f"{name}: {data.attrs.get('tokens_read', '?')} tokens read"
     figure.update_layout(title_subtitle_text=read, hovermode="closest")
     return figure
 

@@ -1,9 +1,9 @@
 """Figures as one HTML file that needs no network.
 
-In: plotly figures by name. Out: a page with plotly's script inside, once.
+In: plotly figures by name. Out: a page with plotly's script inside, once. `document` and `figure_html` are its parts,
+for pages that hold more.
 """
 
-import os
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError
+from metaint.store import write_text
 from metaint.views.panels import WIDTH
 
 
@@ -22,35 +23,35 @@ def write_page(figures: Mapping[str, go.Figure], path: str | Path, title: str) -
     """
     if not figures:
         raise InputError("figures is empty: pass at least one figure.")
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        aside.write_text(_page(figures, title), encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise StoreError(f"the page could not be written to {path} ({error.strerror or error}).") from error
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+    names = [escape(name) for name in figures]
+    parts = [figure_html(figure, i) for i, figure in enumerate(figures.values())]
+    sections = [f'<section id="{name}">{part}</section>' for name, part in zip(names, parts, strict=True)]
+    links = " · ".join(f'<a href="#{name}">{name}</a>' for name in names)
+    write_text(Path(path), document(title, f"<nav>{links}</nav>\n{''.join(sections)}"))
+    return Path(path)
 
 
-def _page(figures: Mapping[str, go.Figure], title: str) -> str:
-    parts = []
-    for i, (name, figure) in enumerate(figures.items()):
-        html = figure.to_html(
-            full_html=False, include_plotlyjs=False, div_id=f"figure-{i}", config={"displaylogo": False}
-        )
-        parts.append(f'<section id="{escape(name)}">{html}</section>')
-    links = " · ".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in figures)
-    # The policy lets nothing be fetched, whatever a figure asks for.
+def figure_html(figure: go.Figure, number: int) -> str:
+    """A figure for the body of a `document`, in which no other has this number."""
+    return figure.to_html(
+        full_html=False, include_plotlyjs=False, div_id=f"figure-{number}", config={"displaylogo": False}
+    )
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A whole page: its title as heading, then `body`, which is HTML already, as `style` is CSS.
+
+    The policy lets nothing be fetched, whatever a figure asks for.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>
 <style>body {{ font-family: sans-serif; max-width: {WIDTH + 20}px; margin: 1rem auto; padding: 0 10px }}
-section {{ overflow-x: auto; margin-top: 2rem }}</style>
+section {{ overflow-x: auto; margin-top: 2rem }}
+{style}</style>
 <script>{get_plotlyjs()}</script></head>
-<body><h1>{escape(title)}</h1><nav>{links}</nav>
-{"".join(parts)}</body></html>
+<body><h1>{escape(title)}</h1>
+{body}</body></html>
 """

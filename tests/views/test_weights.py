@@ -13,7 +13,7 @@ import metaint
 from metaint.errors import InputError
 from metaint.views.saturation import group_json
 from metaint.views.streams import scan_json
-from metaint.views.weights import print_weights, weights_frame
+from metaint.views.weights import plot_weights, print_weights, weights_frame
 from tests.builders import available_kinds, build
 from tests.models.handmade import HandMade
 
@@ -105,6 +105,53 @@ def test_frame_and_json(scan):
 
 
 def test_a_scan_without_it_is_refused(repeated_scan):
-    for function in (weights_frame, printed):
+    for function in (weights_frame, printed, plot_weights):
         with pytest.raises(InputError, match=r"no /weights group"):
             function(repeated_scan)
+
+
+def caption_of(figure):
+    return " ".join(next(note.text for note in figure.layout.annotations if note.name == "caption").split("<br>"))
+
+
+def test_the_figure_draws_the_scan_s_numbers(scan):
+    weights, figure = scan["weights"], plot_weights(scan)
+    by_name = {trace.name: trace for trace in figure.data if trace.name}
+    for part in ("attention", "mlp", "norm"):
+        np.testing.assert_array_equal(by_name[part].y, weights["parameter_norm"].sel(part=part).values)
+    band, dots = (next(t for t in figure.data if t.xaxis == "x2" and t.mode == mode) for mode in ("lines", "markers"))
+    np.testing.assert_array_equal(dots.y, weights["full_ov_copying"].values.ravel())
+    assert list(dots.customdata) == [f"{i}.{j}" for i in range(2) for j in range(4)]
+    assert np.array_equal(np.round(dots.x), np.repeat([0, 1], 4))
+    mean, std = (float(weights[f"full_ov_copying_null_{end}"][0, 0]) for end in ("mean", "std"))
+    assert [max(band.y), min(band.y)] == pytest.approx([mean + 2 * std, mean - 2 * std])
+    z = np.concatenate([weights[f"{kind}_composition_z"].values.ravel() for kind in "qkv"])
+    drawn = [by_name[f"{kind} composition"] for kind in "QKV" if f"{kind} composition" in by_name]
+    assert sorted(x for trace in drawn for x in trace.x) == sorted(z[np.isfinite(z)])[-20:]
+    assert figure.layout.shapes[0].x0 == pytest.approx(np.nanmedian(z))
+    top = np.argmax([max(trace.x) for trace in drawn])
+    assert rows(printed(scan))[0][:3] == drawn[top].customdata[0].split(":")[0].replace("→ ", "").split()
+    assert "How to read" in caption_of(figure)
+    assert "It misleads" in caption_of(figure)
+
+
+def test_the_figure_leaves_out_what_is_not_known(scan):
+    weights = scan["weights"].to_dataset()
+    weights["full_ov_copying"][:] = np.nan
+    pairs = [name for name in weights if "composition" in str(name)]
+    blind = weights.drop_vars(pairs).assign_attrs(composition="left out: 5120 heads")
+    figure = plot_weights(scan_of(blind))
+    assert figure.layout.yaxis2.title.text == "OV copying"
+    assert "yaxis3" not in figure.layout
+    assert "Composition of pairs of heads is left out: 5120 heads." in caption_of(figure)
+    blind["ov_copying"][:] = np.nan
+    figure = plot_weights(scan_of(blind))
+    assert "yaxis2" not in figure.layout
+    assert "eigenvalues" not in caption_of(figure)
+    weights["ov_copying"][:] = np.nan
+    figure = plot_weights(scan_of(weights))
+    legends = {trace.legend for trace in figure.data if trace.name and "composition" in trace.name}
+    assert legends == {"legend2"}  # beside the second panel
+    hostile = scan_of(weights)
+    hostile.attrs["model"] = "<a href='http://x'>x</a>"
+    assert "<a" not in plot_weights(hostile).layout.title.subtitle.text

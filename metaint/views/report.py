@@ -1,0 +1,271 @@
+"""A scan as one HTML file to hand on: provenance, labels to sort and filter, every figure with its source, no network.
+
+In: a scan, or a recording over training. Out: a page that opens anywhere. What comes from models and tokens is shown as
+text, wherever it stands. `figures_of` gives the figures alone.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from plotly import graph_objects as go
+
+from metaint.errors import InputError, StoreError
+from metaint.labels import label_heads
+from metaint.recording import read_recording
+from metaint.store import load, write_text
+from metaint.views.birth import plot_birth
+from metaint.views.figures import plot_agreement, plot_growth, plot_inner_loss, plot_norm_loss, plot_norms
+from metaint.views.heads import plot_heads
+from metaint.views.memory import plot_memory
+from metaint.views.page import document, figure_html
+from metaint.views.recurrence import recurrence_figures
+from metaint.views.saturation import saturation_figures
+from metaint.views.tables import number
+from metaint.views.training import plot_norm_growth, plot_training_heads, plot_training_saturation
+from metaint.views.weights import plot_weights
+
+Figures = dict[str, go.Figure]
+
+# Where what a group holds comes from, in one line.
+SOURCES = {
+    "heads": "Olsson et al. 2022, In-context Learning and Induction Heads (arXiv 2209.11895); argmax and averaging "
+    "heads: Merrill et al. 2021 (arXiv 2010.09697); sinks: Gu et al. 2025 (arXiv 2410.10781).",
+    "residual": "An operational definition of our own, after Wu & Varshney 2023, A Meta-Learning Perspective on "
+    "Transformers for Causal Language Modeling (arXiv 2310.05884).",
+    "inner": "An operational definition of our own, after Wu & Varshney 2023, A Meta-Learning Perspective on "
+    "Transformers for Causal Language Modeling (arXiv 2310.05884).",
+    "saturation": "Merrill et al. 2021, Effects of Parameter Norm Growth During Transformer Training "
+    "(arXiv 2010.09697).",
+    "memory": "Bietti et al. 2023, Birth of a Transformer: A Memory Viewpoint (arXiv 2306.00802).",
+    "weights": "Norms: Merrill et al. 2021 (arXiv 2010.09697); copying and composition: Elhage et al. 2021, A "
+    "Mathematical Framework for Transformer Circuits (transformer-circuits.pub, not on arXiv).",
+    "recurrence": "Sander et al. 2024, How do Transformers Perform In-Context Autoregressive Learning? "
+    "(arXiv 2402.05787).",
+    "training": "Bietti et al. 2023, Birth of a Transformer: A Memory Viewpoint (arXiv 2306.00802).",
+}
+
+_PLOTS: dict[str, Callable[[xr.DataTree], Figures]] = {
+    "heads": lambda scan: {"heads": plot_heads(scan)},
+    "residual": lambda scan: {"norms": plot_norms(scan), "growth": plot_growth(scan)},
+    "inner": lambda scan: {
+        "inner_loss": plot_inner_loss(scan), "agreement": plot_agreement(scan), "norm_loss": plot_norm_loss(scan),
+    },
+    "saturation": saturation_figures,
+    "memory": lambda scan: {"memory": plot_memory(scan)},
+    "weights": lambda scan: {"weights": plot_weights(scan)},
+    "recurrence": recurrence_figures,
+}  # fmt: skip
+# Figures of recordings, and what a recording's group must hold for each.
+_OVER_TRAINING: dict[str, tuple[str, Callable[[Mapping[str, xr.DataTree]], go.Figure]]] = {
+    "training": ("birth", plot_birth),
+    "heads": ("heads_over_training", plot_training_heads),
+    "weights": ("norm_growth", plot_norm_growth),
+    "saturation": ("saturation_over_training", plot_training_saturation),
+}
+
+# First in the table of provenance, in this order and under these names; what else a scan records follows.
+_FACTS = {
+    "model": "model", "revision": "revision", "weights": "weights", "dtype": "dtype", "device": "device",
+    "n_layers": "layers", "n_heads": "heads in a layer", "attention": "attention", "task": "task", "source": "source",
+    "tokens_shape": "tokens (sequences, length)", "bos": "begins with BOS", "seed": "seed",
+}  # fmt: skip
+_COLUMNS = {
+    "head": "head", "label": "label", "score": "score", "low": "95 % from", "high": "to", "uniform": "uniform",
+    "null_mean": "null", "null_std": "null's deviation", "margin": "margin", "on_first": "on first token",
+}  # fmt: skip
+
+
+def write_report(scan: xr.DataTree, path: str | Path) -> Path:
+    """Write what a scan holds to one HTML file that needs no network, and return its path.
+
+    A recording over training is drawn over its steps, and what else its groups allow at the last one. An earlier file
+    is replaced once the new one is whole. InputError where a scan has no group that can be drawn, StoreError if the
+    file can't be written.
+    """
+    figures = figures_of(scan)
+    sections = [("Provenance", f"<h2>Provenance</h2>{_provenance(scan)}")]
+    last = _last_step(scan)
+    if "heads" in figures:
+        title = f"Labelled heads{_step_told(scan)}"
+        sections.append((title, f"<h2>{title}</h2>{_label_table(last)}"))
+    drawn = [(group, figure) for group, found in figures.items() for figure in found.values()]
+    for i, (group, figure) in enumerate(drawn):
+        layout: Any = figure.layout
+        source = f'<p class="source">Source: {escape(SOURCES[group])}</p>'
+        sections.append((layout.title.text, figure_html(figure, i) + source))
+    links = "".join(f'<li><a href="#section-{i}">{escape(title)}</a></li>' for i, (title, _) in enumerate(sections))
+    body = "\n".join(f'<section id="section-{i}">{html}</section>' for i, (_, html) in enumerate(sections))
+    title = f"metaint: {scan.attrs.get('model', 'scan')}"
+    page = document(title, f"<nav><ol>{links}</ol></nav>\n{body}\n<script>{_SCRIPT}</script>", _STYLE)
+    write_text(Path(path), page)
+    return Path(path)
+
+
+def open_scan(path: str | Path) -> xr.DataTree:
+    """A scan from disk, or the whole records of a recording, finished or not; StoreError if it is neither."""
+    try:
+        return read_recording(path)
+    except StoreError:
+        return load(path)
+
+
+def figures_of(scan: xr.DataTree) -> dict[str, Figures]:
+    """Every figure that a scan allows, by group and then by name; those over training before those of the last step.
+
+    InputError where there is none.
+    """
+    found: dict[str, Figures] = {}
+    name = f"{scan.attrs.get('model', 'scan')}"
+    for group, (figure, plot) in _OVER_TRAINING.items():
+        if _over_training(_groups(scan), group):
+            found[group] = {figure: plot({name: scan})}
+    last = _last_step(scan)
+    if step := _step_told(scan):
+        last.attrs["model"] = f"{name}{step}"
+    for group, plots in _PLOTS.items():
+        if group in _groups(last):
+            found[group] = {**found.get(group, {}), **plots(last)}
+    if not found:
+        raise InputError(f"scan has no group that can be drawn: it needs one of {', '.join(_PLOTS)}.")
+    return found
+
+
+def _groups(scan: xr.DataTree) -> dict[str, xr.Dataset]:
+    """The groups into which something was read."""
+    return {str(name): node.to_dataset() for name, node in scan.children.items() if node.data_vars}
+
+
+def _over_training(groups: Mapping[str, xr.Dataset], group: str) -> bool:
+    """Whether a group runs over steps and holds what its figure over training draws."""
+    if "step" not in groups.get(group, xr.Dataset()).dims:
+        return False
+    if group == "training":  # of the birth of an induction head; another recording's /training holds any scalars
+        return "memory" in groups and {"accuracy", "previous_mass"} <= set(groups[group].data_vars)
+    return group != "saturation" or math.inf in groups[group]["scale"].values.tolist()
+
+
+def _last_step(scan: xr.DataTree) -> xr.DataTree:
+    groups = {
+        f"/{name}": data.isel(step=-1, drop=True) if "step" in data.dims else data
+        for name, data in _groups(scan).items()
+    }
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(scan.attrs)), **groups})
+
+
+def _step_told(scan: xr.DataTree) -> str:
+    """What a recording's last step adds to a title (" at step 400"); nothing for a scan."""
+    groups = {name: data for name, data in _groups(scan).items() if name in _PLOTS and "step" in data.dims}
+    return f" at step {max(int(data['step'].values[-1]) for data in groups.values())}" if groups else ""
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def _provenance(scan: xr.DataTree) -> str:
+    facts = {told: scan.attrs[key] for key, told in _FACTS.items() if key in scan.attrs}
+    if "bos" in scan.attrs:
+        facts[_FACTS["bos"]] = "yes" if scan.attrs["bos"] else "no"
+    facts |= {str(key).replace("_", " "): value for key, value in scan.attrs.items() if key not in _FACTS}
+    for name, data in _groups(scan).items():
+        read = data.attrs
+        if read.get("tokens_seen"):
+            facts[f"read for /{name}"] = f"{read['tokens_seen']} tokens in {read.get('sequences', '?')} sequences"
+        if "step" in data.dims:
+            steps = data["step"].values
+            facts[f"steps of /{name}"] = f"{len(steps)}, from {steps[0]} to {steps[-1]}"
+    rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(_fact(value))}</td></tr>" for key, value in facts.items())
+    return f'<table class="facts">{rows}</table>' if rows else "<p>The scan records nothing of where it comes from.</p>"
+
+
+def _fact(value: Any) -> str:
+    value = getattr(value, "tolist", lambda: value)()  # what Zarr gives back may be NumPy's
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) or "–"
+
+
+def _label_table(scan: xr.DataTree) -> str:
+    """The labels as a table to sort and filter; heads without a label are counted alone."""
+    table = label_heads(scan)
+    named = table.query("label != 'none'").sort_values("margin", ascending=False)
+    left = f"{table['label'].tolist().count('none')} of {table['head'].nunique()} heads earned no label."
+    if named.empty:
+        return f"<p>{left}</p>"
+    heads = "".join(
+        f'<th aria-sort="none"><button type="button">{escape(told)}</button></th>' for told in _COLUMNS.values()
+    )
+    rows = "".join(f"<tr>{''.join(_cell(row, name) for name in _COLUMNS)}</tr>" for row in named.to_dict("records"))
+    return (
+        "<p>How to read: a label needs a score above its threshold, above what uniform attention scores on the same "
+        "tokens, and above its null; margin is how far the score lies above the larger of both. It misleads where read "
+        f"as what a head is for: it tells where a head looks. {left} Click on a column to sort by it.</p>"
+        '<p><label>Filter <input type="search" class="filter" placeholder="induction, or 5.1"></label> '
+        '<span class="count" role="status"></span></p><div class="scroll"><table class="sortable">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _cell(row: dict[Any, Any], name: str) -> str:
+    """A cell, with the number it is sorted by."""
+    if name == "label":
+        return f"<td>{escape(row[name])}</td>"
+    if name == "head":
+        return f'<td data-value="{row["layer"] * 10**6 + row["index"]}">{escape(row[name])}</td>'
+    value = float(row[name])
+    return f'<td data-value="{"" if math.isnan(value) else value}">{number(value)}</td>'
+
+
+_STYLE = """section { border-top: 1px solid #ddd; padding-top: 0.5rem }
+h2 { font-size: 1.1rem }
+nav ol { columns: 2; padding-left: 1.5rem }
+.source { color: #444; font-size: 12px; margin: 0 0 0 12px }
+table { border-collapse: collapse; font-size: 14px }
+td, th { text-align: left; padding: 3px 12px 3px 0; vertical-align: top; overflow-wrap: anywhere }
+.facts th { font-weight: normal; color: #555; white-space: nowrap }
+.scroll { max-height: 30rem; overflow: auto; border: 1px solid #ddd }
+.sortable thead { position: sticky; top: 0; background: #fff }
+.sortable td, .sortable th { padding: 3px 8px; white-space: nowrap }
+.sortable { width: 100% }
+.sortable td:nth-child(n+3), .sortable th:nth-child(n+3) { text-align: right; font-variant-numeric: tabular-nums }
+.sortable tbody tr:nth-child(even) { background: #f6f6f6 }
+.sortable button { font: inherit; font-weight: bold; background: none; border: 0; padding: 0; cursor: pointer }
+[aria-sort=ascending] button::after { content: " ▲" }
+[aria-sort=descending] button::after { content: " ▼" }"""
+
+# Cells are compared by their number where they have one; what has none stays below, whichever way is sorted.
+_SCRIPT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells], section = table.closest("section");
+  const filter = section.querySelector("input.filter"), count = section.querySelector(".count");
+  const key = (row, i) => {
+    const cell = row.cells[i];
+    return "value" in cell.dataset ? (cell.dataset.value === "" ? null : Number(cell.dataset.value)) : cell.textContent;
+  };
+  heads.forEach((head, i) => head.addEventListener("click", () => {
+    const numeric = i > 1, was = head.getAttribute("aria-sort");
+    const up = was === "none" ? !numeric : was === "descending";
+    heads.forEach(other => other.setAttribute("aria-sort", "none"));
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const sorted = [...body.rows].sort((a, b) => {
+      const x = key(a, i), y = key(b, i);
+      if (x === null || y === null) return (x === null) - (y === null);
+      return (up ? 1 : -1) * (x < y ? -1 : x > y ? 1 : 0);
+    });
+    body.append(...sorted);
+  }));
+  const show = () => {
+    const wanted = filter.value.trim().toLowerCase();
+    let shown = 0;
+    for (const row of body.rows) {
+      const texts = [...row.cells].slice(0, 2).map(cell => cell.textContent.toLowerCase());
+      row.hidden = !texts.some(text => text.includes(wanted));
+      shown += !row.hidden;
+    }
+    count.textContent = `${shown} of ${body.rows.length} shown`;
+  };
+  filter.addEventListener("input", show);
+  show();
+}
+"""
