@@ -297,7 +297,8 @@ def describe(s: Settings, recording: xr.DataTree, model: Any, rows: Sequence[Row
     if s.setting == "augmented":
         mean, spread = step_of(s, model)
         signs = products(s, model)[1][: s.d].diagonal().sign().sum().abs()
-        row |= {"step": mean, "step_spread": spread, "flipped": int((s.d - signs) / 2), **_use(s, model)}
+        row |= {"step": mean, "step_spread": spread, "flipped": int((s.d - signs) / 2)}
+        row |= _use(s, model) if s.model in ("blocks", "free") else {}
     if s.diagonal:
         row["reached"] = float(training["reached"])
     return row

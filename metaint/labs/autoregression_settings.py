@@ -24,7 +24,7 @@ SIZES = ("quick", "default", "full")
 _PLANS: dict[str, dict[str, dict[str, Any]]] = {
     "augmented": {
         "default": {"d": 5, "length": 8, "steps": 800, "batch": 512, "learning_rate": 0.02},
-        "quick": {"steps": 300, "records": 6},
+        "quick": {"steps": 250, "records": 5},
         "full": {"steps": 3200, "batch": 1024, "learning_rate": 0.01},
     },
     "unitary": {

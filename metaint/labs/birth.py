@@ -6,30 +6,26 @@ Transformer: A Memory Viewpoint" (2306.00802).
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 import xarray as xr
 from rich.console import Console
-from tqdm.auto import tqdm
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError
 from metaint.labs.birth_findings import describe, last_line, print_findings
 from metaint.labs.birth_run import RECORDING, Settings, first_gradients, frozen_steps, states_of, train_run
-from metaint.labs.birth_training import Diverged, restore
+from metaint.labs.birth_training import restore
+from metaint.labs.side_by_side import OnStep, check_study, train_all
 from metaint.recording import read_recording
 from metaint.store import write_text
 
 QUICK: dict[str, Any] = {"length": 64, "batch": 64, "steps": 150, "records": 16}
-Tell = Callable[[str, int, float], None]
 
 
 class Findings(NamedTuple):
@@ -77,21 +73,12 @@ def study(
     to go on).
     """
     out, cores = Path(out), torch.get_num_threads()
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out is {out}, which is a file: name a folder.")
-    if not settings:
-        raise InputError("settings is empty: give at least one run.")
-    if jobs < 0:
-        raise InputError(f"jobs is {jobs}: give a number of processes, or 0 for as many as there are cores.")
+    check_study(out, settings, jobs)
     for each in settings:  # told now rather than after the first run
         each.trainer(text)
     jobs = min(jobs or cores, len(settings))
-    with tqdm(total=sum(s.steps for s in settings), disable=not progress, desc="training", unit="step") as bar:
-        tell = _teller(bar)
-        if jobs > 1:
-            failed = _train_in_processes(out, settings, text, jobs, max(1, cores // jobs), tell)
-        else:
-            failed = {s.name: str(error) for s in settings if (error := _train(out, s, text, tell))}
+    options: Any = {"jobs": jobs, "threads": max(1, cores // jobs), "number": "accuracy", "progress": progress}
+    failed = train_all(partial(_train, text=text), out, settings, **options)
     named = {s.name: s for s in settings}
     recordings = {name: read_recording(out / name / RECORDING) for name in named if name not in failed}
     if not recordings:
@@ -102,56 +89,8 @@ def study(
     return Findings(named, recordings, gradients, pd.DataFrame(rows))
 
 
-def _teller(bar: Any) -> Tell:
-    """Moves a bar on by what several runs tell of themselves."""
-    seen: dict[str, tuple[int, float]] = {}
-
-    def tell(name: str, step: int, accuracy: float) -> None:
-        before = seen.get(name, (step, 0.0))[0]
-        seen[name] = (step, accuracy)
-        bar.set_postfix_str(f"accuracy {', '.join(f'{value:.2f}' for _, value in seen.values())}", refresh=False)
-        bar.update(step - before)
-
-    return tell
-
-
-def _train(out: Path, settings: Settings, text: str | None, tell: Tell) -> Diverged | None:
-    """Train one run; what it says of a loss that isn't finite comes back."""
-    try:
-        train_run(out / settings.name, settings, text, lambda step, accuracy: tell(settings.name, step, accuracy))
-    except Diverged as error:
-        return error
-    return None
-
-
-def _train_in_processes(
-    out: Path, settings: Sequence[Settings], text: str | None, jobs: int, threads: int, tell: Tell
-) -> dict[str, str]:
-    """Train runs side by side; the sentences of those that diverged, by name."""
-    context = get_context("spawn")  # a fork would copy torch's threads in whatever state they are
-    with context.Manager() as manager:
-        told = manager.Queue()
-        listener = Thread(target=lambda: [tell(*news) for news in iter(told.get, None)], daemon=True)
-        listener.start()
-        failed = {}
-        try:
-            with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-                tasks = {pool.submit(_train_and_tell, out, s, text, told): s.name for s in settings}
-                for task in as_completed(tasks):
-                    if (error := task.result()) is not None:
-                        failed[tasks[task]] = str(error)
-        except BrokenProcessPool as error:
-            raise StoreError(
-                f"a training process was killed; what it saved is in {out}: call again to go on."
-            ) from error
-        finally:
-            told.put(None)
-            listener.join()
-    return failed
-
-
-def _train_and_tell(out: Path, settings: Settings, text: str | None, told: Any) -> Diverged | None:
-    return _train(out, settings, text, lambda *news: told.put(news))
+def _train(folder: Path, settings: Settings, on_step: OnStep, text: str | None) -> None:
+    train_run(folder, settings, text, on_step)
 
 
 # ---- the command ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from metaint.errors import InputError
+from metaint.labs.side_by_side import Diverged
 from metaint.measures import in_context
 from metaint.models.memory_transformer import memory_transformer
 from metaint.tasks.bigram import BigramSample, BigramTask
@@ -24,10 +25,6 @@ from metaint.tasks.bigram import BigramSample, BigramTask
 _CHUNK = 32
 
 Checkpoint = tuple[int, dict[str, Tensor]]
-
-
-class Diverged(InputError):
-    """Training whose loss is no longer finite."""
 
 
 def matrices(model: Any) -> dict[str, Tensor]:

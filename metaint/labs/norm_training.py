@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from metaint.errors import InputError, StoreError
 from metaint.labs.run_folder import claim, load_state, read_settings, save_state
+from metaint.labs.side_by_side import Diverged
 from metaint.models.small import small_transformer
 from metaint.probes.heads import HeadProbe
 from metaint.probes.saturation import SaturationProbe
@@ -38,10 +39,6 @@ _WARMUP, _MOMENTUM = 0.1, 0.9
 # Seconds of steps that are timed.
 _MEASURED = 2.0
 RECORDING = "recording.zarr"
-
-
-class Diverged(InputError):
-    """Training whose loss is no longer finite."""
 
 
 @dataclass(frozen=True)
