@@ -68,14 +68,19 @@ def study(out: str | Path, settings: Sequence[Settings], *, jobs: int = 0, progr
         raise InputError(f"jobs is {jobs}: give a number of processes, or 0 for as many as there are cores.")
     most = len({s.seed for s in settings}) if settings[0].setting in _SHORT else len(settings)
     jobs = min(jobs, len(settings)) or min(cores, most)
-    with tqdm(total=sum(s.steps for s in settings), disable=not progress, desc="training", unit="step") as bar:
-        tell = _teller(bar)
-        with _one_thread():  # which is fastest for models as small as these, and gives the same numbers everywhere
+    with _one_thread():  # which is fastest for models as small as these, and gives the same numbers everywhere
+        with tqdm(total=sum(s.steps for s in settings), disable=not progress, desc="training", unit="step") as bar:
+            tell = _teller(bar)
             if jobs > 1:
                 failed = _train_in_processes(out, settings, jobs, tell)
             else:
                 failed = {s.name: str(error) for s in settings if (error := _train(out, s, tell)[1])}
-    named = {s.name: s for s in settings if s.name not in failed}
+        return _compared(out, {s.name: s for s in settings}, failed)
+
+
+def _compared(out: Path, settings: Mapping[str, Settings], failed: Mapping[str, str]) -> Findings:
+    """Finished runs, read and compared; of those that failed, the sentences."""
+    named = {name: s for name, s in settings.items() if name not in failed}
     if not named:
         raise InputError(f"no run has a finite loss: {next(iter(failed.values()))}")
     recordings = {name: train_run(out / name, s) for name, s in named.items()}

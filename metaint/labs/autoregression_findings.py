@@ -14,15 +14,16 @@ from metaint.views.tables import plain_table
 
 _WORDS = {
     "augmented": (
-        "Predicted is one gradient step of the best size on the inner loss: (d - 1) / (T + d - 2), at a step of 1 / "
-        "(T + d - 2); of shared, the best step for all contexts up to T together. That optimum (derived) is of models "
-        "as the theorem has them, so we take it: one layer, and in the blocks of the construction diagonals alone. "
-        "They meet it (diagonal; signed began with random signs, which the loss doesn't tell: it fixes the product of "
-        "a coordinate's two weights, so that the model is a gradient step but for flipped coordinates). With whole "
-        "blocks, or all weights free, training goes below it. What they use is coupling between coordinates: "
-        "lambda_i^(t-1) lambda_k^(T-t+1) comes up as noise in the estimate of coordinate i and, at T + 2 - t, of k, "
-        "so that a little of the other coordinate taken off cancels it. The table says how much of the weights that "
-        "is, and what the loss is without; the blocks that the construction leaves empty matter little."
+        "Predicted is one gradient step of the best size on the inner loss: (d - 1) / (T + d - 2), at a step of 1 / (T "
+        "+ d - 2); of shared, the best step for all contexts up to T together. That optimum (derived) is of the "
+        "theorem's structure, as we read it: one layer, and in it the diagonals of the construction's blocks alone. "
+        "Trained models of that structure meet it: diagonal, and signed, which began with random signs. The loss "
+        "doesn't tell signs; it fixes the product of a coordinate's two weights, so that signed is a gradient step but "
+        "for flipped coordinates. With whole blocks, or all weights free, training goes below it. What they use is "
+        "coupling between coordinates: lambda_i^(t-1) lambda_k^(T-t+1) comes up as noise in the estimate of coordinate "
+        "i and, at T + 2 - t, of k, so that a little of the other, taken off, lowers it; coupled values are the least "
+        "loss to be had by that alone (derived). The second table says how much of the weights is coupling, and what "
+        "the loss is without it, or without the blocks that the construction leaves empty, which matter little."
     ),
     "unitary": (
         "Predicted: the least expected loss d - H, summed over coordinates (derived), and what the weights are there. "
@@ -146,12 +147,10 @@ def _print_details(console: Console, setting: str, details: pd.DataFrame) -> Non
         shown.add_column(word, justify="right")
     for row in details.to_dict("records"):
         seed = f", seed {row['seed']}" if len(set(details["seed"])) > 1 else ""
-        shown.add_row(f"{row['label']}{seed}", *(_cell(row[name]) for name in columns))
+        shown.add_row(
+            f"{row['label']}{seed}", *(f"{row[name]:.0f}" if name == "flipped" else four(row[name]) for name in columns)
+        )
     console.print(shown)
-
-
-def _cell(value: float) -> str:
-    return str(value) if isinstance(value, int) else four(value)
 
 
 def _print_predictors(console: Console, row: dict[str, Any]) -> None:

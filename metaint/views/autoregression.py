@@ -55,10 +55,10 @@ def plot_losses(recordings: Recordings, predicted: Mapping[str, float]) -> go.Fi
             rule.update(showlegend=False, hovertemplate=f"predicted for {escape(name)}: %{{y:.4g}}<extra></extra>")
             figure.add_trace(rule)
     _fit_losses(figure, np.concatenate([data["held_out_loss"].values for data in named.values()]))
+    dotted = " Dotted, in the run's colour, is what is predicted for it at the optimum." if predicted else ""
     caption = (
-        "How to read: loss on fresh sequences, the same at each record; dotted, in the run's colour, what is predicted "
-        "for it at the optimum. It misleads where a plateau is taken for the end: these losses are products of several "
-        "matrices that begin small, and may rest for long before they fall."
+        f"How to read: loss on fresh sequences, the same at each record.{dotted} It misleads where a plateau is taken "
+        "for the end: products of matrices that begin small may rest for long before they fall."
     )
     return _over_training(figure, "Loss over training", named, caption)
 

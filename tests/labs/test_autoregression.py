@@ -12,7 +12,7 @@ from rich.console import Console
 from metaint.errors import InputError, StoreError
 from metaint.labs import autoregression as lab
 from metaint.labs import autoregression_training as training
-from metaint.labs.autoregression_comparison import _use, _with_products, compare, products, step_of
+from metaint.labs.autoregression_comparison import _use, _with_products, compare, coupled_loss, products, step_of
 from metaint.labs.autoregression_findings import four, last_line, over_seeds
 from metaint.labs.autoregression_run import RECORDING, run_model, train_run
 from metaint.labs.autoregression_settings import Diverged, Settings
@@ -189,6 +189,23 @@ def test_products_are_all_that_predictions_tell() -> None:
         use = _use(s, model)
     assert sum(use[f"QK_{name}"] for name in ("diagonal", "coupling", "other")) == pytest.approx(1)
     assert use["OV_other"] > 0.2
+
+
+@pytest.mark.parametrize(("d", "T"), [(3, 4), (4, 7)])
+def test_coupled_values_lose_less_than_a_plain_step(d: int, T: int) -> None:
+    """Over a grid of couplings and steps, on even phases, the least loss is the derived one."""
+    theta = 2 * math.pi * torch.quasirandom.SobolEngine(d, scramble=True, seed=1).draw(2**15)
+    vectors = torch.exp(1j * theta[:, None] * torch.arange(T + 1)[:, None]).to(torch.complex64)
+    step, target = gradient_step(d, 1.0)(vectors[:, :T])[:, -1].detach(), vectors[:, T]
+    losses = {}
+    for eps in torch.linspace(0, 0.2, 41).tolist():
+        guess = (1 + eps) * step - eps * step.sum(-1, keepdim=True)
+        eta = (guess.conj() * target).real.sum() / guess.abs().square().sum()
+        losses[eps] = (eta * guess - target).abs().square().mean().item()
+    assert losses[0] == pytest.approx(augmented_optimum(T, d).loss, rel=0.01)
+    assert min(losses.values()) == pytest.approx(coupled_loss(T, d), rel=0.01)
+    assert coupled_loss(T, d) < 0.99 * augmented_optimum(T, d).loss
+    assert coupled_loss(8, 5) == pytest.approx(0.34667, abs=1e-5)
 
 
 def rows(tmp_path: Path, of: Plain, **changed: Any) -> Any:
