@@ -6,13 +6,9 @@ the closed-form optimum, and figures. After Sander et al. 2024 (2402.05787), and
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,21 +16,20 @@ import pandas as pd
 import torch
 import xarray as xr
 from rich.console import Console
-from tqdm.auto import tqdm
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError
 from metaint.labs.autoregression_comparison import compare, describe, enough_heads, label, products, steps_of
 from metaint.labs.autoregression_findings import last_line, print_findings
 from metaint.labs.autoregression_run import run_model, train_run
-from metaint.labs.autoregression_settings import MODELS, SIZES, Diverged, Settings, runs
+from metaint.labs.autoregression_settings import MODELS, SIZES, Settings, runs
 from metaint.labs.autoregression_training import DESCENTS, positional_descent, rows_of
+from metaint.labs.side_by_side import check_study, train_all
 from metaint.measures.recurrence import interaction
 from metaint.models.linear_attention import VectorModel
 from metaint.store import write_text
 
 __all__ = ["MODELS", "SIZES", "Findings", "Settings", "autoregression_figures", "label", "run", "runs", "study"]
 
-Tell = Callable[[str, int, float], None]
 # Trainings so short that one process is done with all of them before a second has started.
 _SHORT = ("positional",)
 
@@ -60,21 +55,13 @@ def study(out: str | Path, settings: Sequence[Settings], *, jobs: int = 0, progr
     worker was killed (call again to go on).
     """
     out, cores = Path(out), os.cpu_count() or 1
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out is {out}, which is a file: name a folder.")
-    if not settings:
-        raise InputError("settings is empty: give at least one run.")
-    if jobs < 0:
-        raise InputError(f"jobs is {jobs}: give a number of processes, or 0 for as many as there are cores.")
+    check_study(out, settings, jobs)
     most = len({s.seed for s in settings}) if settings[0].setting in _SHORT else len(settings)
     jobs = min(jobs, len(settings)) or min(cores, most)
+    longest_first = sorted(settings, key=lambda s: -s.steps * s.layers * s.length)
+    options: Any = {"jobs": jobs, "threads": 1, "number": "loss", "progress": progress}
     with _one_thread():  # which is fastest for models as small as these, and gives the same numbers everywhere
-        with tqdm(total=sum(s.steps for s in settings), disable=not progress, desc="training", unit="step") as bar:
-            tell = _teller(bar)
-            if jobs > 1:
-                failed = _train_in_processes(out, settings, jobs, tell)
-            else:
-                failed = {s.name: str(error) for s in settings if (error := _train(out, s, tell)[1])}
+        failed = train_all(train_run, out, longest_first if jobs > 1 else settings, **options)
         return _compared(out, {s.name: s for s in settings}, failed)
 
 
@@ -100,52 +87,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _teller(bar: Any) -> Tell:
-    """Moves a bar on by what several runs tell of themselves."""
-    seen: dict[str, int] = {}
-
-    def tell(name: str, step: int, loss: float) -> None:
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        bar.update(step - seen.get(name, step))
-        seen[name] = step
-
-    return tell
-
-
-def _train(out: Path, settings: Settings, tell: Tell) -> tuple[str, Diverged | None]:
-    """Train one run; its name, and what it says of a loss that isn't finite."""
-    try:
-        train_run(out / settings.name, settings, lambda step, loss: tell(settings.name, step, loss))
-    except Diverged as error:
-        return settings.name, error
-    return settings.name, None
-
-
-def _train_in_processes(out: Path, settings: Sequence[Settings], jobs: int, tell: Tell) -> dict[str, str]:
-    """Train runs side by side, the longest first; the sentences of those that diverged, by name."""
-    context = get_context("spawn")  # a fork would copy torch's threads in whatever state they are
-    with context.Manager() as manager:
-        told = manager.Queue()
-        listener = Thread(target=lambda: [tell(*news) for news in iter(told.get, None)], daemon=True)
-        listener.start()
-        try:
-            with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-                order = sorted(settings, key=lambda s: -s.steps * s.layers * s.length)
-                tasks = [pool.submit(_train_and_tell, out, s, told) for s in order]
-                return {name: str(error) for name, error in (t.result() for t in as_completed(tasks)) if error}
-        except BrokenProcessPool as error:
-            raise StoreError(
-                f"a training process was killed; what it saved is in {out}: call again to go on."
-            ) from error
-        finally:
-            told.put(None)
-            listener.join()
-
-
-def _train_and_tell(out: Path, settings: Settings, told: Any) -> tuple[str, Diverged | None]:
-    return _train(out, settings, lambda *news: told.put(news))
 
 
 # ---- the command ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import xarray as xr
 from torch import nn
 
 from metaint.errors import StoreError
-from metaint.labs.autoregression_settings import Diverged, Settings
+from metaint.labs.autoregression_settings import Settings
 from metaint.labs.autoregression_training import (
     DESCENTS,
     REACHED,
@@ -30,6 +30,7 @@ from metaint.labs.autoregression_training import (
     trained,
 )
 from metaint.labs.run_folder import claim, load_state, save_state
+from metaint.labs.side_by_side import Diverged
 from metaint.measures import autoregression
 from metaint.models.diagonal_attention import DiagonalAttention
 from metaint.models.linear_attention import VectorModel

@@ -61,10 +61,6 @@ _RATES = {"linear": 3e-3, "released": 1e-2, "transformer": 3e-3}
 _MUS = (50, 100, 200, 300)
 
 
-class Diverged(InputError):
-    """Training whose loss is no longer finite."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """All that makes a run what it is. Raises InputError for what can't be trained.

@@ -15,8 +15,9 @@ from metaint.labs import autoregression_training as training
 from metaint.labs.autoregression_comparison import _use, _with_products, compare, coupled_loss, products, step_of
 from metaint.labs.autoregression_findings import four, last_line, over_seeds
 from metaint.labs.autoregression_run import RECORDING, run_model, train_run
-from metaint.labs.autoregression_settings import Diverged, Settings
+from metaint.labs.autoregression_settings import Settings
 from metaint.labs.autoregression_training import Starts
+from metaint.labs.side_by_side import Diverged
 from metaint.measures.autoregression import augmented_optimum, regression_optimum, unitary_loss
 from metaint.models.linear_attention import gradient_step, linear_attention, regression_step
 from metaint.recording import read_recording
