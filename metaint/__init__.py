@@ -20,6 +20,10 @@ except PackageNotFoundError:  # run from a source folder that was never installe
 
 if TYPE_CHECKING:
     from metaint import measures, tasks
+    from metaint.circuits.ablation import ablate
+    from metaint.circuits.checks import check_circuit
+    from metaint.circuits.circuit import trace_circuit
+    from metaint.circuits.files import load_circuit, save_circuit
     from metaint.errors import (
         ActivationError,
         HookAuditError,
@@ -49,6 +53,10 @@ if TYPE_CHECKING:
     from metaint.store import load, save
 
 _HOMES = {
+    "metaint.circuits.ablation": ("ablate",),
+    "metaint.circuits.checks": ("check_circuit",),
+    "metaint.circuits.circuit": ("trace_circuit",),
+    "metaint.circuits.files": ("load_circuit", "save_circuit"),
     "metaint.errors": (
         "ActivationError", "HookAuditError", "InputError", "MetaintError", "ModelError", "StoreError",
     ),

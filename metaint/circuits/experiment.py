@@ -1,0 +1,219 @@
+"""Everything that stays the same while parts of a model are taken out, and passes with parts taken out.
+
+In: a model, tokens, what stands in for a part, a metric. Out: the metric of each sequence, for each set of parts.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from metaint.circuits.clean import Clean, clean_pass
+from metaint.circuits.metrics import Metric, MetricFunction, metric_of, places_of, values_of
+from metaint.circuits.passes import Variant, begins_anywhere, outcomes
+from metaint.errors import InputError
+from metaint.measures.resampling import bootstrap_interval
+from metaint.models.audit import require
+from metaint.models.describe import is_causal
+from metaint.models.reading import steady
+from metaint.models.tokens import check_tokens, encoded
+from metaint.scanning import default_tokens
+
+HOW = ("zero", "mean", "resample", "pattern-preserving")
+# Tokens that are run at once by default: enough to keep a CPU busy, and few enough for its caches and for logits.
+TOKENS = 4096
+# A head, or with None the MLP of a layer.
+Part = tuple[int, int | None]
+
+
+@dataclass
+class Experiment:
+    """Everything that stays the same while parts of a model are taken out."""
+
+    model: Any
+    tokens: Int[Tensor, "batch position"]
+    how: str
+    metric: Metric
+    batch_size: int
+    whole_passes: str
+    donors: Int[Tensor, " batch"] | None = None
+    progress: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    # By layer, the mean of hook_z [head, d_head], of what the MLP writes and of the embedding [d_model].
+    means: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+
+def set_up(
+    model: Any,
+    tokens: Tensor | str | None,
+    how: str,
+    metric: str | MetricFunction,
+    *,
+    batch_size: int | None,
+    seed: int,
+    progress: bool = False,
+) -> Experiment:
+    """Checks of everything that can be checked before a pass is run; raises as `ablate` does."""
+    if how not in HOW:
+        raise InputError(f"how is {how!r}: choose one of {', '.join(HOW)}.")
+    chosen = metric_of(metric)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
+    if chosen.where is not None and not is_causal(model):
+        raise InputError(
+            f"model attends in both directions, and metric is {chosen.name!r}, a prediction of the next token: give a "
+            "causal model, or a metric of your own."
+        )
+    task = "repeated_tokens" if tokens is None else "given"
+    tokens = default_tokens(model, seed=seed) if tokens is None else tokens
+    tokens, _ = check_tokens(model, encoded(model, tokens))
+    places = places_of(chosen, tokens)
+    if places is not None and not bool(places.any()):
+        raise InputError(
+            f"tokens hold no position where {chosen.name} is defined (the next token being what followed the current "
+            "one before): give tokens that repeat, or another metric."
+        )
+    require(model, ["edit_z", *(("value_mix", "pattern_fires") if how == "pattern-preserving" else ())])
+    why = begins_anywhere(model)
+    batch_size = max(1, TOKENS // tokens.shape[1]) if batch_size is None else batch_size
+    donors = _cycle(len(tokens), seed) if how == "resample" else None
+    found = Experiment(model, tokens, how, chosen, batch_size, why, donors, progress)
+    found.facts = {"metric": chosen.name, "how": how, "task": task, "seed": seed, "sequences": len(tokens)}
+    found.facts["positions"] = int(tokens.numel() if places is None else places.sum())
+    found.facts["passes"] = f"whole ({why})" if why else "from the ablated layer"
+    return found
+
+
+def _cycle(count: int, seed: int) -> Int[Tensor, " batch"]:
+    """For each sequence another one, none twice: all in one random cycle."""
+    if count < 2:
+        raise InputError("tokens is one sequence, and resampling takes another's activations: give two or more.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
+def batches(
+    experiment: Experiment, *, mlps: bool = False, also: Sequence[str] = ()
+) -> Iterator[tuple[slice, Clean, "Stand"]]:
+    """Each batch of sequences, its clean pass, and what stands in for its parts; to be run within `steady`."""
+    _learn_means(experiment, mlps)
+    model, tokens = experiment.model, experiment.tokens
+    preserve = experiment.how == "pattern-preserving"
+    for start in range(0, len(tokens), experiment.batch_size):
+        rows = slice(start, min(start + experiment.batch_size, len(tokens)))
+        places = places_of(experiment.metric, tokens[rows])
+        clean = clean_pass(model, tokens[rows], places, mlps=mlps, patterns=preserve, also=also)
+        donor = None
+        if experiment.donors is not None:
+            given = tokens[experiment.donors[rows].to(tokens.device)]
+            donor = clean_pass(model, given, torch.zeros_like(given, dtype=torch.bool), mlps=mlps)
+        yield rows, clean, Stand(experiment.how, clean, donor, experiment.means)
+
+
+@dataclass
+class Stand:
+    """What stands in for the parts of one batch."""
+
+    how: str
+    clean: Clean
+    donor: Clean | None
+    means: dict[str, dict[int, Tensor]]
+
+    def of(self, part: Part) -> Tensor:
+        """What takes the place of a head's z, or of what an MLP writes; broadcasts to it."""
+        layer, head = part
+        kind, now = ("z", self.clean.z) if head is not None else ("mlp", self.clean.mlp)
+        if self.how == "mean":
+            mean = self.means[kind][layer]
+            return mean if head is None else mean[head]
+        if self.donor is not None:
+            return self.donor.z[layer][:, :, head] if head is not None else self.donor.mlp[layer]
+        return torch.zeros((), dtype=now[layer].dtype, device=now[layer].device)
+
+    def of_embedding(self) -> Tensor:
+        """What takes the place of the stream that block 0 reads."""
+        if self.how == "mean":
+            return self.means["embedding"][0]
+        return self.donor.streams[0] if self.donor is not None else torch.zeros_like(self.clean.streams[0][:1, :1])
+
+    def without(self, parts: Iterable[Part]) -> Variant:
+        """The pass in which all these parts are replaced."""
+        z: dict[int, dict[int, Tensor]] = {}
+        mlp: dict[int, Tensor] = {}
+        for layer, head in sorted(parts, key=str):
+            if head is None:
+                mlp[layer] = self.of((layer, None))
+            else:
+                z.setdefault(layer, {})[head] = self.of((layer, head))
+        return Variant(z, mlp)
+
+
+def _learn_means(experiment: Experiment, mlps: bool) -> None:
+    """The means over all sequences and positions, in one pass over the tokens, once."""
+    if experiment.how != "mean" or (experiment.means and (not mlps or experiment.means["mlp"])):
+        return
+    sums: dict[str, dict[int, Tensor]] = {"z": {}, "mlp": {}, "embedding": {}}
+    tokens = experiment.tokens
+    for start in range(0, len(tokens), experiment.batch_size):
+        some = tokens[start : start + experiment.batch_size]
+        clean = clean_pass(experiment.model, some, torch.zeros_like(some, dtype=torch.bool), mlps=mlps)
+        for kind, found in (("z", clean.z), ("mlp", clean.mlp), ("embedding", {0: clean.streams[0]})):
+            for layer, value in found.items():
+                total = value.sum((0, 1), dtype=torch.float64 if value.device.type != "mps" else torch.float32)
+                sums[kind][layer] = sums[kind].get(layer, 0) + total
+    dtype = next(experiment.model.parameters()).dtype
+    experiment.means = {
+        kind: {layer: (total / tokens.numel()).to(dtype) for layer, total in found.items()}
+        for kind, found in sums.items()
+    }
+
+
+def run(experiment: Experiment, sets: Sequence[Iterable[Part]]) -> Float[Tensor, "1+set sequence"]:
+    """The metric of each sequence, of the model as it is and without each set of parts, in float64 on the CPU."""
+    found = torch.full((1 + len(sets), len(experiment.tokens)), math.nan, dtype=torch.float64)
+    mlps = any(head is None for parts in sets for _, head in parts)
+    total, quiet = len(sets) * len(experiment.tokens), not experiment.progress
+    with steady(experiment.model), tqdm(total=total, desc="ablate", disable=quiet, leave=False) as bar:
+        for rows, clean, stand in batches(experiment, mlps=mlps):
+            found[0, rows] = measured(experiment, clean, clean.logits)
+            for i, value in variants_measured(experiment, clean, [stand.without(parts) for parts in sets]):
+                found[1 + i, rows] = value
+                bar.update(len(clean.tokens))
+    return found
+
+
+def variants_measured(
+    experiment: Experiment, clean: Clean, variants: Sequence[Variant]
+) -> Iterator[tuple[int, Float[Tensor, " batch"]]]:
+    """The metric of each variant of a batch, with its number; an empty variant is the clean pass."""
+    changed = [i for i, variant in enumerate(variants) if variant.z or variant.mlp]
+    for i in sorted(set(range(len(variants))) - set(changed)):
+        yield i, measured(experiment, clean, clean.logits)
+    some, rows, anywhere = [variants[i] for i in changed], experiment.batch_size, not experiment.whole_passes
+    for i, logits in outcomes(experiment.model, clean, some, rows, anywhere, experiment.how == "pattern-preserving"):
+        yield changed[i], measured(experiment, clean, logits)
+
+
+def measured(experiment: Experiment, clean: Clean, logits: Tensor) -> Float[Tensor, " batch"]:
+    return values_of(experiment.metric, logits, clean.tokens, clean.places).cpu()
+
+
+def all_heads(model: Any) -> list[tuple[int, int]]:
+    """Layer and number of every head."""
+    return [(layer, head) for layer in range(int(model.cfg.n_layers)) for head in range(int(model.cfg.n_heads))]
+
+
+def interval(values: Float[Tensor, "row sequence"], over: Tensor | None = None) -> np.ndarray:
+    """Mean, low and high [row, 3] of each row over its sequences, those with NaN left out; with `over` the ratio to the
+    mean of that, on the same resamples."""
+    known = ~values.isnan()
+    counts = known.double() if over is None else over.nan_to_num() * known
+    sums = values.nan_to_num()
+    low, high = bootstrap_interval(sums.mT, counts.mT.expand_as(sums.mT))
+    return torch.stack([sums.sum(1) / counts.sum(1).expand(len(sums)), low, high], 1).numpy()
