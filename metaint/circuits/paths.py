@@ -24,7 +24,7 @@ from metaint.circuits.experiment import Experiment, Part, Stand, batches, measur
 from metaint.circuits.passes import Variant, read_by_mlp
 from metaint.models.audit import holds
 from metaint.models.describe import sublayers_of
-from metaint.models.folded import FoldedWeights, _norms_of, folded_layers, normalised
+from metaint.models.folded import FoldedWeights, folded_layers, normalised, norms_of
 from metaint.models.invariants import pattern_of, score_hooks
 from metaint.models.reading import Unavailable, steady, tolerance, widen
 from metaint.models.rotation import rotations
@@ -125,7 +125,7 @@ _READ = ("hook_q", "hook_k", "hook_v", "hook_pattern")
 
 def _lengths(model: Any) -> dict[int, str]:
     """By layer, the hook on the length of a norm between attention and the addition, where there is one."""
-    norms = enumerate(_norms_of(model))
+    norms = enumerate(norms_of(model))
     return {layer: f"blocks.{layer}.{norm.after}.hook_scale" for layer, norm in norms if norm.after}
 
 

@@ -48,7 +48,7 @@ _places: WeakKeyDictionary[Any, tuple[_Norms, ...]] = WeakKeyDictionary()
 
 def folded_layers(model: Any) -> Iterator[FoldedWeights]:
     """The `folded_weights` of each layer in turn, reading each stack of weights once (a bridge makes them anew)."""
-    norms = _norms_of(model)
+    norms = norms_of(model)
     stacks = [getattr(model, name).detach() for name in FoldedWeights._fields]
     for layer, weights in enumerate(zip(*stacks, strict=True)):
         yield _folded(model, layer, norms[layer], *weights)
@@ -67,7 +67,7 @@ def folded_weights(model: Any, layer: int) -> FoldedWeights:
     head writes through the gains of every norm in between; and where `hook_scale` doesn't tell what a norm reads.
     """
     stacks = (getattr(model, name)[layer].detach() for name in FoldedWeights._fields)
-    return _folded(model, layer, _norms_of(model)[layer], *stacks)
+    return _folded(model, layer, norms_of(model)[layer], *stacks)
 
 
 def folded_unembedding(model: Any) -> Float[Tensor, "d_model vocab"]:
@@ -86,13 +86,13 @@ def normalised(model: Any, layer: int, vectors: Float[Tensor, "*rest d_model"]) 
     LayerNorm centres and divides, RMSNorm divides; without a norm there they come back as they are. Raises
     Unavailable as `folded_weights` does.
     """
-    return _normalise(_norm(model, layer, _norms_of(model)[layer].before), vectors)
+    return _normalise(_norm(model, layer, norms_of(model)[layer].before), vectors)
 
 
 def attention_input(trial: Trial) -> Iterator[Pair]:
     """hook_q, hook_k and hook_v against the normalised stream times folded weights, and what biases add."""
     model, reading = trial.model, trial.reading
-    norms = _norms_of(model, trial)
+    norms = norms_of(model, trial)
     stacks = [getattr(model, name).detach() for name in FoldedWeights._fields]
     shortformer = getattr(model.cfg, "positional_embedding_type", None) == "shortformer"
     for layer, weights in enumerate(zip(*stacks, strict=True)):
@@ -145,7 +145,7 @@ def _norm(model: Any, layer: int, name: str | None) -> Norm | None:
 
 
 @torch.no_grad()
-def _norms_of(model: Any, trial: Trial | None = None) -> tuple[_Norms, ...]:
+def norms_of(model: Any, trial: Trial | None = None) -> tuple[_Norms, ...]:
     """Where each layer's norms stand, remembered for as long as the model lives: weights change, their places don't."""
     if model not in _places:
         if trial is None:
