@@ -11,7 +11,7 @@ from metaint.cli_circuits import trace
 from metaint.cli_files import export, report
 from metaint.cli_labs import lab
 from metaint.errors import InputError, MetaintError
-from metaint.shell import Checkpoint, Device, Dtype, Model, Revision, check, check_page, console, open_model
+from metaint.shell import Checkpoint, Device, Dtype, Model, Revision, check, check_page, console, open_model, quieten
 
 app = typer.Typer(
     help="Read a transformer through its TransformerLens hooks.",
@@ -211,15 +211,18 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="Build the task from this text, not from Python's prose.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the model and of its data.")] = 0,
     out: Annotated[Path, typer.Option(help="Where to save the scan of all checkpoints.")] = Path("demo.zarr"),
+    page: Annotated[Path, typer.Option("--report", help="Where to write the report on SmolLM2.")] = Path("demo.html"),
 ) -> None:
-    """Train a small transformer on an in-context task, and watch its induction head appear."""
+    """Watch an induction head appear in a toy, then see the heads of a real language model."""
     check(out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
+    check_page(page, "--report")
     from metaint.tasks import python_prose, read_text
 
     prose = read_text(text) if text is not None else python_prose()
+    quieten()
     from metaint.labs.demo import run
 
-    run(console(), prose, seed, out)
+    run(console(), prose, seed, out, page)
 
 
 def _probe_names(given: str) -> list[str]:

@@ -20,6 +20,8 @@ THRESHOLDS: dict[str, float] = {
     "argmax": 0.8,
 }
 MARGIN, DEVIATIONS = 0.1, 3.0
+# Labels that name the token a head looks for say more of a head than the shape of its rows does.
+SPECIFIC = ("induction", "previous-token", "duplicate-token")
 # An averaging head departs from uniform at most this fraction of how far the model's typical head does.
 TYPICAL_DEPARTURE = 0.25
 COLUMNS = [
@@ -93,6 +95,25 @@ def label_heads(
     rows += [_row(i, j, "none", None, on_first) for i, j in np.argwhere(~earned)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.sort_values(["layer", "index", "margin"], ascending=[True, True, False], ignore_index=True)
+
+
+def telling_heads(scan: xr.DataTree | xr.Dataset, most: int = 15) -> pd.DataFrame:
+    """The `most` labelled heads that tell most, a row of `label_heads` each: the widest margin of each label in turn.
+
+    Labels that name the token a head looks for (`SPECIFIC`) take their turns before those that describe the shape of
+    its rows, and each head stands once, at the label that chose it. Raises InputError as `label_heads` does, and for
+    `most` below 1.
+    """
+    if most < 1:
+        raise InputError(f"most is {most}: ask for at least one head.")
+    named = label_heads(scan).query("label != 'none'").sort_values("margin", ascending=False)
+    order = [*SPECIFIC, *(label for label in THRESHOLDS if label not in SPECIFIC)]
+    named["order"] = named["label"].map(order.index)
+    named["turn"] = named.groupby("label").cumcount()
+    named["shape"] = ~named["label"].isin(SPECIFIC)
+    chosen = named.sort_values(["shape", "turn", "order"]).drop_duplicates("head").head(most)
+    chosen = chosen.sort_values(["order", "margin"], ascending=[True, False], ignore_index=True)
+    return chosen[COLUMNS]
 
 
 def heads_of(scan: xr.DataTree | xr.Dataset) -> xr.Dataset:

@@ -18,20 +18,25 @@ Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.
 
 
 def open_model(name: str, revision: str | None, checkpoint: int | None, device: str | None, dtype: str) -> Any:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    quieten()
     import metaint
 
     return metaint.open_model(name, revision=revision, checkpoint=checkpoint, device=device, dtype=dtype)
 
 
-def check_page(path: Path | None) -> None:
+def quieten() -> None:
+    """No bars and warnings of transformers between our own lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def check_page(path: Path | None, option: str = "--figures") -> None:
     if path is not None:
-        check(path.suffix == ".html", f"--figures is {path}: give it a name that ends in .html.")
-        check(path.parent.is_dir(), f"--figures is {path}: there is no folder {path.parent}.")
+        check(path.suffix == ".html", f"{option} is {path}: give it a name that ends in .html.")
+        check(path.parent.is_dir(), f"{option} is {path}: there is no folder {path.parent}.")
 
 
 def console() -> Console:

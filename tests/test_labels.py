@@ -6,7 +6,7 @@ import xarray as xr
 
 import metaint
 from metaint.errors import InputError
-from metaint.labels import THRESHOLDS
+from metaint.labels import THRESHOLDS, telling_heads
 from metaint.tasks import repeated_tokens
 from tests.builders import available_kinds, build
 from tests.planted import LENGTH, PLANTED, VOCAB, planted_model
@@ -108,3 +108,25 @@ def test_scans_without_heads_are_refused():
         metaint.label_heads(xr.DataTree())
     with pytest.raises(InputError, match="scan holds no heads: nothing was read yet"):
         metaint.label_heads(metaint.HeadProbe().to_scan())
+
+
+def test_telling_heads_are_the_strongest_of_each_label_in_turn():
+    scores = {"induction": [0.9, 0.8, 0.7, 0.0], "previous_token": [0.0, 0.0, 0.0, 0.6], "first_token": [0.7] * 4}
+    data = {}
+    for name, values in scores.items():
+        data[name] = (("layer", "head"), [values])
+        data[f"{name}_count"] = (("layer", "head"), [[100] * 4])
+        for null in ("uniform", "null_mean", "null_std"):
+            data[f"{name}_{null}"] = (("layer", "head"), [[0.01] * 4])
+        for end in ("low", "high"):
+            data[f"{name}_{end}"] = data[name]
+    heads = xr.Dataset(data, {"layer": [0], "head": range(4)})
+    # Every head is a sink too, which says less: those labels come after all that name the token looked for.
+    assert telling_heads(heads, 3)[["head", "label"]].values.tolist() == [
+        ["0.0", "induction"],
+        ["0.1", "induction"],
+        ["0.3", "previous-token"],
+    ]
+    assert telling_heads(heads, 9)["head"].tolist() == ["0.0", "0.1", "0.2", "0.3"]
+    with pytest.raises(InputError, match="most is 0"):
+        telling_heads(heads, 0)

@@ -1,37 +1,64 @@
-"""`metaint demo`: train the toy, scan every checkpoint, and show when its heads appeared.
+"""`metaint demo`: the birth of an induction head in a toy, then the heads of a real language model.
 
-In: a text. Out: the toy in the user's cache directory, a scan with a `step` dimension, and what to try next.
+In: a text. Out: the toy in the user's cache directory, a scan of its checkpoints, a report on SmolLM2's heads, and what
+to try next.
 """
 
 import time
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 from rich.console import Console
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from metaint.labels import label_heads
+from metaint.errors import ModelError
+from metaint.labels import label_heads, telling_heads
 from metaint.labs.birth_training import Training, restore, train
+from metaint.models.open import open_model
 from metaint.models.toy import save_toy, toy_of
-from metaint.scanning import default_tokens, scan
+from metaint.scanning import default_tokens, scan, text_tokens
 from metaint.store import save
 from metaint.tasks import bigram
 from metaint.tasks.text import fold_prose
-from metaint.views.tables import print_births, print_scan
+from metaint.views.attention import show_attention
+from metaint.views.report import write_report
+from metaint.views.tables import print_births, print_scan, print_telling
+from metaint.views.view import View
 
 # Most characters are triggers in turn: with the paper's 5 the head learns the frequent ones alone. None may be its
 # own output, which would end a sequence in one repeated character.
 TRIGGERS = 48
 TARGET = 0.85
+# What SmolLM2 reads: sequences of random tokens that repeat, and windows of so many tokens of text.
+REPEATED = 20
+WINDOWS = 16
+LENGTH = 128
+# The heads whose attention the report shows, and the positions it shows of a sequence.
+SHOWN = 9
+DRAWN = 101
 
 
-def run(console: Console, text: str, seed: int = 0, out: Path = Path("demo.zarr")) -> xr.DataTree:
-    """Train, scan and print; returns the scan of all checkpoints that was saved to `out`.
+def run(
+    console: Console, text: str, seed: int = 0, out: Path = Path("demo.zarr"), page: Path = Path("demo.html")
+) -> xr.DataTree:
+    """Both acts; returns the scan of the toy's checkpoints, which `out` holds. The report on SmolLM2 goes to `page`.
 
-    Raises InputError for a text too small to make the task from, StoreError if a result can't be written.
+    Raises InputError for a text too small to make the task from, StoreError if a result can't be written. Where
+    SmolLM2 can't be opened a sentence says so.
     """
     began = time.perf_counter()
+    births = show_birth(console, text, seed, out)
+    show_smollm2(console, text, seed, page)
+    console.print(f"Done in {time.perf_counter() - began:.0f} s.")
+    return births
+
+
+def show_birth(console: Console, text: str, seed: int, out: Path) -> xr.DataTree:
+    """Train the toy, scan its checkpoints, and print when its heads appeared."""
     task = bigram(fold_prose(text), trigger_count=TRIGGERS, no_repeat=True)
+    console.rule("1. A toy learns to look things up", align="left")
     console.print(
         f"Task: sequences over {task.vocab} characters with the text's own bigrams, in which {TRIGGERS} random trigger "
         "characters are each followed by an output drawn anew for every sequence: to predict it, a model must look it "
@@ -49,13 +76,60 @@ def run(console: Console, text: str, seed: int = 0, out: Path = Path("demo.zarr"
     folder = save_toy(toy_of(training.model), list(task.vocabulary), info)
     path = save(births, out)
     console.print(
-        f"Done in {time.perf_counter() - began:.0f} s.\n"
-        f"  the model    {folder}  (metaint.open_model('toy'))\n"
-        f"  the scans    {path.resolve()}  (metaint.load('{path}'))\n"
-        "Next: [bold]metaint scan toy --sort previous_token[/]",
+        f"  the toy        {folder}  (metaint.open_model('toy'))\n"
+        f"  its scans      {path.resolve()}  (metaint.load('{path}'))\n",
         soft_wrap=True,
     )
     return births
+
+
+def show_smollm2(console: Console, text: str, seed: int, page: Path) -> None:
+    """Scan SmolLM2 on repeated random tokens and on text; print its most telling heads, and write a report on them."""
+    console.rule("2. The heads of a real language model", align="left")
+    console.print("Opening SmolLM2-135M-Instruct (the first time, its weights are converted: some 20 s).")
+    try:
+        model = open_model("smollm2")
+    except ModelError as error:
+        console.print(f"SmolLM2 is left out: {error}\n", soft_wrap=True)
+        return
+    inputs = reference_inputs(model, text, seed)
+    scans = {
+        task: scan(model, tokens, seed=seed, progress=True, attributes={"task": task})
+        for task, tokens in inputs.items()
+    }
+    layers, heads = model.cfg.n_layers, model.cfg.n_heads
+    console.print(
+        f"SmolLM2-135M-Instruct: {layers} layers x {heads} heads, read on {REPEATED} sequences of random tokens that "
+        f"repeat, and on {WINDOWS} x {LENGTH} tokens of prose.\n"
+    )
+    print_telling(console, scans["repeated_tokens"], scans["text"])
+    write_report(scans["repeated_tokens"], page, attention_views(model, scans["repeated_tokens"], inputs))
+    console.print(
+        f"  the report     {page.resolve()}  (opens without a network)\n"
+        "Try next:\n"
+        "  [bold]metaint scan smollm2 --text essay.txt --figures figures.html[/]   a text of your own\n"
+        "  [bold]metaint audit smollm2[/]                                          what its hooks really carry\n"
+        "  model = metaint.open_model('smollm2')                            in a notebook: notebooks/07\n",
+        soft_wrap=True,
+    )
+
+
+def reference_inputs(model: Any, text: str, seed: int = 0) -> dict[str, Tensor]:
+    """What SmolLM2's heads are read on, here and in the tables of `docs/heads`, by task: [sequence, position] each."""
+    return {
+        "repeated_tokens": default_tokens(model, batch=REPEATED, seed=seed),
+        "text": text_tokens(model, text, LENGTH, WINDOWS, seed=seed),
+    }
+
+
+def attention_views(model: Any, found: xr.DataTree, inputs: dict[str, Tensor]) -> dict[str, View]:
+    """Where the most telling heads look: on a sequence that repeats, and on the first words of a window of text."""
+    heads = telling_heads(found, SHOWN)["head"].tolist()
+    titles = {"repeated_tokens": "random tokens that repeat", "text": "text"}
+    return {
+        f"Attention of the most telling heads on {title}": show_attention(model, inputs[task][0, :DRAWN], heads)
+        for task, title in titles.items()
+    }
 
 
 def report_training(console: Console, training: Training) -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from metaint.errors import InputError
-from metaint.labels import THRESHOLDS, heads_of, label_heads
+from metaint.labels import THRESHOLDS, evidence, heads_of, label_heads, telling_heads
 from metaint.measures.attention import HEAD_MEASURES
 
 KINDS = [m.name for m in HEAD_MEASURES if m.form == "kind"]
@@ -104,6 +104,34 @@ def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled hea
         "[dim]interval: 95 %, by resampling sequences; uniform: what even attention scores on these tokens; "
         "null: the same rows read at random other keys (for averaging: the model's typical head); "
         "on first: weight on position 0, the attention sink.[/]\n"
+    )
+
+
+def print_telling(console: Console, scan: xr.DataTree, on_text: xr.DataTree, most: int = 15) -> None:
+    """The labelled heads that tell most, with what each label's score is on text beside it."""
+    chosen = telling_heads(scan, most)
+    if chosen.empty:
+        console.print("No head earns a label.")
+        return
+    others = evidence(heads_of(on_text))
+    also = label_heads(on_text).query("label != 'none'").groupby("head")["label"].agg(", ".join)
+    table = plain_table(f"The {len(chosen)} most telling heads", tight=console.width < 90)
+    for name in ("head", "label"):
+        table.add_column(name, no_wrap=True)
+    for name in ("score", "interval", "uniform", "null", "on text"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("labels on text")
+    for row in chosen.to_dict("records"):
+        interval = f"{number(row['low'])}–{number(row['high'])}"
+        on_text_score = others[row["label"]].score[row["layer"], row["index"]]
+        numbers = (interval, number(row["uniform"]), number(row["null_mean"]), number(on_text_score))
+        score = f"[bold]{number(row['score'])}[/]"
+        table.add_row(row["head"], row["label"], score, *numbers, also.get(row["head"], "–"))
+    console.print(table)
+    console.print(
+        "[dim]score: share of attention on the tokens of this kind, of repeated random tokens, where the kind is "
+        "defined; interval: 95 %, by resampling sequences; uniform: what even attention scores there; null: the same "
+        "rows read at random other keys; on text: the same on prose (induction as prefix match).[/]\n"
     )
 
 
