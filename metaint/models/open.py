@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metaint.errors import InputError, ModelError
-from metaint.models.boot import boot, boot_loaded, fastest_device, same_weights
+from metaint.models.boot import boot, boot_loaded, fastest_device, require_bridge, same_weights
 from metaint.models.gguf import gguf_in, open_gguf
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
@@ -92,11 +92,13 @@ def _open_toy(device: str | None, dtype: torch.dtype) -> Any:
 def _open_smollm2(device: str | None, dtype: torch.dtype) -> Any:
     from metaint.models.smollm2 import converted
 
+    require_bridge("smollm2")
     folder, source = converted()
     return _named(_open_folder(folder, device, dtype), "smollm2", source)
 
 
 def _open_gguf(path: Path, device: str | None, dtype: torch.dtype) -> Any:
+    require_bridge(path.name)
     opened = open_gguf(path, dtype)
     place = fastest_device() if device is None else torch.device(device)
     return _named(boot_loaded(opened.model.to(place), opened.tokenizer, str(path)), path.stem, opened.source)
@@ -136,7 +138,7 @@ def _check_loaded(model: Any, **options: Any) -> None:
 
 def _open_loaded(model: Any, tokenizer: Any) -> Any:
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    return boot_loaded(same_weights(model), tokenizer, name)
+    return boot_loaded(same_weights(model).eval(), tokenizer, name)
 
 
 def _check_device(device: str | None) -> None:
