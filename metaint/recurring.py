@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from metaint.errors import InputError
 from metaint.measures import recurrence
-from metaint.models.describe import is_causal
+from metaint.models.describe import check_open, is_causal
 from metaint.models.reading import random_tokens, steady
 from metaint.probes.probe import assemble, quietly
 from metaint.probes.recurrence import RecurrenceProbe, indices_of, tuned_descents
@@ -100,6 +100,7 @@ def recur(
 
 def _check(model: Any, vectors: Tensor, matrices: Tensor, batch_size: int) -> None:
     """One sentence on what can't be fed, to this model or at all."""
+    check_open(model)
     if not all(hasattr(model, name) for name in ("cfg", "hook_dict", "hooks")):
         raise InputError(f"model is a {type(model).__name__}; give one with TransformerLens's hooks.")
     if (

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from metaint.errors import InputError
+from metaint.models.describe import check_open
 from metaint.models.inputs import InputWatch, watching
 from metaint.models.reading import steady
 from metaint.models.tokens import check_tokens, encoded, first_id, starts_with_bos
@@ -139,6 +140,7 @@ def default_tokens(
 
     The block is shortened to what the model's context and vocabulary hold, unless `exact`; then that is an InputError.
     """
+    check_open(model)
     from metaint.tasks.repeated import repeated_tokens
 
     vocab = int(model.cfg.d_vocab)

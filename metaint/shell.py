@@ -10,7 +10,9 @@ from rich.console import Console
 
 from metaint.errors import InputError
 
-Model = Annotated[str, typer.Argument(help="toy, a Hugging Face name (gpt2), or a folder in its format.")]
+Model = Annotated[
+    str, typer.Argument(help="toy, smollm2, a Hugging Face name (gpt2), a folder in its format, or a .gguf file.")
+]
 Revision = Annotated[str | None, typer.Option(help="Revision (branch, tag, commit) on the hub.")]
 Checkpoint = Annotated[int | None, typer.Option(help="Training checkpoint, as TransformerLens labels it.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the fastest there is.")]

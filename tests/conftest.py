@@ -67,6 +67,20 @@ def folder():
     return str(hf_directory("gpt2"))
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in float32 on the CPU, out of its package. Shared, so leave it as it was."""
+    from metaint.models.smollm2 import packaged
+
+    if "llama" not in available():
+        pytest.skip("SmolLM2 needs TransformerLens 3 or newer")
+    try:
+        packaged()
+    except metaint.ModelError as error:
+        pytest.skip(str(error))
+    return metaint.open_model("smollm2", device="cpu")
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """The `metaint` command as a function: exit status, stdout, stderr."""

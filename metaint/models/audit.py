@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metaint.errors import HookAuditError, InputError, MetaintError, ModelError
 from metaint.models import invariants
+from metaint.models.describe import check_open
 from metaint.models.folded import attention_input
 from metaint.models.invariants import Pair, Trial
 from metaint.models.reading import Edit, Unavailable, logits_after, random_tokens, read, tolerance, untouched
@@ -123,6 +124,7 @@ def _verb(finding: Finding) -> str:
 
 
 def _findings(model: Any, part: str, refresh: bool = False) -> list[Finding]:
+    check_open(model)
     cached = _cache.setdefault(model, {})
     key = (part, bool(getattr(model, "compatibility_mode", False)), _dtype(model))
     if refresh or key not in cached:

@@ -31,6 +31,8 @@ def boot_loaded(model: Any, tokenizer: Any, name: str) -> Any:
     """
     if tokenizer is not None:
         tokenizer = with_bos(tokenizer, model.config)
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")  # TransformerLens leaves some families at "sdpa", which has no pattern
     parameter = next(model.parameters())
     options = {"hf_model": model, "tokenizer": tokenizer, "device": str(parameter.device), "dtype": parameter.dtype}
     hint = "pass the tokenizer it was trained with" if tokenizer is None else "TransformerLens must know its kind"
@@ -63,30 +65,42 @@ def with_bos(tokenizer: Any, config: Any) -> Any:
     return twin
 
 
+def require_bridge(what: str) -> None:
+    """ModelError before TransformerLens 3, which opens by names that it knows alone."""
+    if _bridge() is None:
+        raise ModelError(f"{what} needs TransformerLens 3 or newer: install it, or open a model that version 2 knows.")
+
+
 def fastest_device() -> torch.device:
-    """The device that TransformerLens would choose."""
-    try:
-        from transformer_lens.utilities.devices import get_device
-    except ImportError:
-        from transformer_lens.utils import get_device
+    """The device that bridges choose."""
+    from transformer_lens.utilities.devices import get_device
+
     return torch.device(get_device())
 
 
 def _boot(name: str, hint: str, options: dict[str, Any]) -> Any:
     """Open with the bridge or, before TransformerLens 3, with HookedTransformer's unprocessed loading."""
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-    except ImportError:
+    bridge = _bridge()
+    if bridge is None:
         import transformer_lens
 
         library: Any = transformer_lens  # whose version 4 has no such class
         boot = library.HookedTransformer.from_pretrained_no_processing
     else:
-        boot = TransformerBridge.boot_transformers
+        boot = bridge.boot_transformers
     try:
         return boot(name, **{option: value for option, value in options.items() if value is not None})
     except Exception as error:  # every library below raises its own family here; the cause stays attached
         raise ModelError(f"model {name!r} could not be opened ({reason_of(error)}): {hint}.") from error
+
+
+def _bridge() -> Any | None:
+    """TransformerLens's class of bridges, None before its version 3."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        return None
+    return TransformerBridge
 
 
 def reason_of(error: Exception) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from metaint.errors import InputError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -21,14 +23,23 @@ class Shape:
     sublayers: str = "sequential"
 
 
+def check_open(model: Any) -> None:
+    """InputError for a model that transformers has loaded and nobody has opened: it has no hooks to read."""
+    if hasattr(model, "config") and not hasattr(model, "cfg"):
+        raise InputError(
+            f"model is a {type(model).__name__} of transformers: open it with metaint.open_model(model, tokenizer=...)."
+        )
+
+
 def shape_of(model: Any) -> Shape:
     """The shape of any model with a TransformerLens `cfg`."""
-    cfg, causal = model.cfg, is_causal(model)
+    causal, cfg = is_causal(model), model.cfg
     return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model), int(cfg.d_model), sublayers_of(model))
 
 
 def is_causal(model: Any) -> bool:
     """Whether queries see earlier keys alone; the bridge of TransformerLens 3.9 calls BERT causal, which it is not."""
+    check_open(model)
     cfg = model.cfg
     bert = "Bert" in str(getattr(cfg, "architecture", ""))
     return not bert and getattr(cfg, "attention_dir", "causal") != "bidirectional"

@@ -4,7 +4,6 @@ In: a path. Out: a model of transformers with plain floating weights, its tokeni
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,20 +39,29 @@ def open_gguf(path: Path, dtype: torch.dtype) -> Opened:
     Raises ModelError for a file that is no whole GGUF, an architecture that transformers does not map, weights that
     hold NaN or infinity, a tokenizer that cannot be made, and where the package gguf is missing.
     """
-    source = source_of(path)
-    with _quiet():
-        model = _weights(path, dtype)
-        tokenizer = _tokenizer(path)
-    _check_finite(model, path)
-    return Opened(model, tokenizer, source)
-
-
-def source_of(path: Path) -> dict[str, str]:
-    """Where the weights come from: `quantisation` ("Q4_1", "F16"), `source_file` and `source_sha256`."""
-    reader = _read(path)
+    quantisation, stretched = _header(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"quantisation": _quantisation(reader), "source_file": path.name, "source_sha256": digest}
+    with quiet():
+        model = _weights(path, dtype)
+        tokenizer = _tokenizer(path)
+    if stretched and not _stretches(model.config):
+        raise ModelError(
+            f"{path.name} stretches its rotary positions, which transformers does not read from a GGUF: "
+            "open this model from a folder in Hugging Face's format."
+        )
+    _check_finite(model, path)
+    return Opened(model, tokenizer, {"quantisation": quantisation, "source_file": path.name, "source_sha256": digest})
+
+
+def _header(path: Path) -> tuple[str, bool]:
+    """The quantisation, and whether rotary positions are stretched; the reader, a hundred megabytes, goes with it."""
+    reader = _read(path)
+    if (parts := _value(reader, "split.count", 1)) > 1:
+        raise ModelError(f"{path.name} is one of {parts} parts of a model: join them with llama-gguf-split --merge.")
+    family = _value(reader, "general.architecture", "")
+    tables = any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors)
+    return _quantisation(reader), tables or _value(reader, f"{family}.rope.scaling.type", "none") != "none"
 
 
 def _read(path: Path) -> Any:
@@ -77,15 +85,19 @@ def _read(path: Path) -> Any:
         ) from error
 
 
+def _value(reader: Any, key: str, default: Any) -> Any:
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
 def _quantisation(reader: Any) -> str:
     """The name of the file's type, or of the type that most of its weights have."""
     from gguf import LlamaFileType
 
-    field = reader.get_field("general.file_type")
-    known = {int(kind): kind.name for kind in LlamaFileType}
-    if field is not None and int(field.contents()) in known:
-        return known[int(field.contents())].removeprefix("MOSTLY_").removeprefix("ALL_")
-    weights = Counter()
+    known = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
+    if (kind := _value(reader, "general.file_type", None)) in known:
+        return known[kind]
+    weights: Counter[str] = Counter()
     for tensor in reader.tensors:
         weights[tensor.tensor_type.name] += int(tensor.n_elements)
     return weights.most_common(1)[0][0] if weights else ""
@@ -98,12 +110,15 @@ def _weights(path: Path, dtype: torch.dtype) -> Any:
     if hasattr(transformers, "GgufConfig"):  # without it, newer versions may keep the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), **options)
+        auto: Any = transformers.AutoModelForCausalLM
+        model, loading = auto.from_pretrained(str(path.parent), output_loading_info=True, **options)
     except Exception as error:  # ValueError, KeyError, NotImplementedError, ... by architecture and version
         raise ModelError(
             f"{str(path)!r} could not be opened by transformers ({reason_of(error)}): "
             "give a GGUF of an architecture that it maps, such as llama, qwen2 or gemma2."
         ) from error
+    if missing := sorted(loading["missing_keys"]):  # which transformers has drawn at random
+        raise ModelError(f"{path.name} lacks {len(missing)} tensors of its model, such as {missing[0]}: fetch another.")
     _forget_quantisation(model)
     return model
 
@@ -132,6 +147,13 @@ def _tokenizer(path: Path) -> Any:
         ) from error
 
 
+def _stretches(config: Any) -> bool:
+    """Whether transformers stretches rotary positions; from a GGUF of Llama 3 it does not read that, for instance."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]  # some, one a kind of layer
+    return any(part.get("rope_type", "default") != "default" for part in parts)
+
+
 def _check_finite(model: Any, path: Path) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -139,7 +161,7 @@ def _check_finite(model: Any, path: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars and notes of transformers, which tell what was asked for."""
     from transformers.utils import logging
 

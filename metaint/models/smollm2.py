@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 
 from metaint.errors import ModelError, StoreError
 
@@ -82,20 +83,23 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _convert(origin: Packaged, folder: Path) -> None:
-    from metaint.models.gguf import open_gguf
+    from metaint.models.gguf import open_gguf, quiet
     from metaint.store import whole_folder
 
     opened = open_gguf(origin.path, torch.float32)
     _sweep(folder)
     try:
-        with whole_folder(folder, "the copy of smollm2") as aside:
+        with whole_folder(folder, "the copy of smollm2") as aside, quiet():
             opened.model.save_pretrained(aside)
             opened.tokenizer.save_pretrained(aside)
             record = {"key": origin.key, "source": opened.source, "files": _digests(aside)}
             (aside / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    except StoreError as error:
+    except (StoreError, SafetensorError) as error:
         if _whole(folder, origin.key) is None:  # else another process was faster
-            raise ModelError(f"{str(error).rstrip('.')}: set METAINT_CACHE to a folder that can be written.") from error
+            raise ModelError(
+                f"smollm2 could not be kept ({str(error).rstrip('.')}): "
+                "set METAINT_CACHE to a folder that can be written and has 600 MB."
+            ) from error
 
 
 def _sweep(folder: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metaint.errors import InputError
+from metaint.models.describe import check_open
 
 
 def first_id(model: Any, bos: bool | None) -> int | None:
@@ -31,6 +32,7 @@ def starts_with_bos(model: Any, tokens: Tensor, mask: Tensor | None) -> bool:
 
 def encoded(model: Any, tokens: Tensor | str) -> Tensor:
     """Token ids, of a text by the model's own tokenizer; InputError if it has none."""
+    check_open(model)
     if not isinstance(tokens, str):
         return tokens
     if not hasattr(model, "to_tokens"):

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaint.errors import ActivationError, HookAuditError, InputError
-from metaint.models.describe import is_causal
+from metaint.models.describe import check_open, is_causal
 from metaint.models.memory import head_of
 from metaint.models.reading import steady, tolerance, widen
 from metaint.models.tokens import check_tokens, encoded
@@ -54,6 +54,7 @@ def show_attention(
     small weights are averaged); by default circuitsvis where it is installed and the weights are few. InputError for
     what can't be shown, HookAuditError where the hook carries no attention weights, ActivationError for NaN.
     """
+    check_open(model)
     if isinstance(tokens, str) and getattr(model, "tokenizer", None) is None:
         raise InputError("tokens is a text, and this model has no tokenizer: pass token ids.")
     tokens, _ = check_tokens(model, encoded(model, tokens))
