@@ -1,6 +1,8 @@
 # Everything from a fresh checkout: each target makes its environment first.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes; the one that is done first takes from the other's rest.
+WORKERS := -n 2 --dist worksteal
 
 .PHONY: demo toy smollm2 test test-fast notebooks pictures lint bench test-tl3 test-tl2 clean
 
@@ -27,10 +29,10 @@ lint: .venv/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not hub"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not hub"
 
 # Each notebook from its first cell to its last, on the toy.
 notebooks: toy
@@ -55,7 +57,7 @@ bench: .venv/installed
 	touch $@
 
 test-tl3: .venv-tl3/installed
-	.venv-tl3/bin/python -m pytest -m "not slow and not hub"
+	.venv-tl3/bin/python -m pytest $(WORKERS) -m "not slow and not hub"
 
 # TransformerLens 2.18. Its metadata caps pandas below what xarray needs, although they work together: hence --no-deps.
 .venv-tl2/installed: pyproject.toml constraints-tl2.txt
@@ -65,7 +67,7 @@ test-tl3: .venv-tl3/installed
 	touch $@
 
 test-tl2: .venv-tl2/installed
-	.venv-tl2/bin/python -m pytest -m "not slow and not hub"
+	.venv-tl2/bin/python -m pytest $(WORKERS) -m "not slow and not hub"
 
 clean:
 	rm -rf .venv .venv-tl3 .venv-tl2

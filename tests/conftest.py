@@ -5,6 +5,8 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# pytest-xdist tells its workers of 80 columns, and some shells export theirs: tests see what a pipe sees.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch

@@ -43,7 +43,7 @@ def test_induction_is_found_on_text_that_does_not_repeat():
 def test_untrained_models_earn_almost_no_labels(scale):
     labelled, possible = 0, 0
     for kind in ARCHITECTURES:
-        for seed in range(10):
+        for seed in range(5):
             model = build(kind, seed)
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -53,7 +53,7 @@ def test_untrained_models_earn_almost_no_labels(scale):
             table = metaint.label_heads(metaint.scan(model, tokens))
             labelled += len(pairs(table))
             possible += model.cfg.n_layers * model.cfg.n_heads * len(THRESHOLDS)
-    assert possible >= 10 * 8 * len(THRESHOLDS)
+    assert possible >= 5 * 8 * len(THRESHOLDS)
     assert labelled <= possible / 100
 
 

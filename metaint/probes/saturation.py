@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from metaint.errors import ActivationError, InputError
-from metaint.measures import saturation
+from metaint.measures import norms, saturation
 from metaint.measures.resampling import bootstrap_interval
 from metaint.measures.sharpening import blocks, mix, row_statistics
 from metaint.measures.tile import TAUS, Context
@@ -246,7 +246,7 @@ class SaturationProbe(Probe):
             self.totals = torch.zeros(*size, stream.shape[-1], **new)
             self.within = torch.zeros(*size, **new)
         for i, (unit, total) in enumerate(zip(units, sums, strict=True)):
-            cosine = torch.einsum("bpd,bpd->bp", units[0], unit)
+            cosine = norms.dot(units[0], unit)
             self.streams[-1][:, 0, i, layer] = (cosine * counted).sum(-1, dtype=full)
             self.streams[-1][:, 1, i, layer] = (cosine * first).sum(-1, dtype=full)
             self.totals[i, layer] += total.sum(0)

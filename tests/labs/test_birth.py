@@ -149,7 +149,9 @@ def test_one_layer_and_all_positions(tmp_path):
 def test_processes_train_what_one_does(tmp_path):
     grid = birth.runs(seeds=[0, 1], **TINY)
     one = birth.study(tmp_path / "one", grid, TEXT, jobs=1)
+    threads = torch.get_num_threads()
     two = birth.study(tmp_path / "two", grid, TEXT, jobs=2)
+    assert torch.get_num_threads() == threads
     for name in one.recordings:
         xr.testing.assert_allclose(
             one.recordings[name]["training"].to_dataset(), two.recordings[name]["training"].to_dataset(), rtol=1e-3

@@ -171,8 +171,7 @@ def test_divergence_is_named():
 
 @pytest.mark.slow
 def test_an_induction_head_is_born():
-    """Passes 0.85 in-context accuracy on the default text, as its settings promise."""
-    training = train(bigram(trigger_count=48, no_repeat=True))
-    assert training.history.attrs["passed_at"] > 0
-    assert training.history.accuracy[-1] > 0.9
-    assert 18 <= len(training.checkpoints) <= 20
+    """Passes 0.85 in-context accuracy on the default text near step 200, as its settings promise."""
+    training = train(bigram(trigger_count=48, no_repeat=True), settle=1, steps=400)
+    assert 0 < training.history.attrs["passed_at"] <= 300
+    assert training.history.accuracy[-1] > 0.85

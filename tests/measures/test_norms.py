@@ -26,6 +26,12 @@ def test_a_step_is_split_and_the_square_of_the_norm_accounted_for():
     torch.testing.assert_close(split.cross + split.square, grown, rtol=1e-10, atol=1e-10)
 
 
+def test_an_inner_product_over_a_vocabulary_is_true_to_rounding():
+    logits = (4 * draw(8, 49152) + 10).float()
+    p = logits.softmax(-1)
+    torch.testing.assert_close(norms.dot(p, logits).double(), (p.double() * logits.double()).sum(-1), rtol=2e-6, atol=0)
+
+
 def test_a_step_from_nothing_has_no_direction():
     split = norms.split_step(torch.zeros(2, 3), torch.ones(2, 3))
     assert torch.equal(split.radial, torch.zeros(2))

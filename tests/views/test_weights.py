@@ -136,7 +136,7 @@ def test_the_figure_draws_the_scan_s_numbers(scan):
 
 
 def test_the_figure_leaves_out_what_is_not_known(scan):
-    weights = scan["weights"].to_dataset()
+    weights = scan["weights"].to_dataset().copy(deep=True)
     weights["full_ov_copying"][:] = np.nan
     pairs = [name for name in weights if "composition" in str(name)]
     blind = weights.drop_vars(pairs).assign_attrs(composition="left out: 5120 heads")
