@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Numbers of products between heads that are held at once.
+# Numbers of heads' matrices that are held at once.
 _CHUNK = 2**22
 # Below this part of tr A² the traceless part of A is rounding.
 _FLAT = 1e-12
@@ -56,8 +56,8 @@ def composition(
 ) -> Composition:
     """||M1 M2|| / (||M1|| ||M2||) in Frobenius norms for each writing and each reading head (Elhage et al. 2021).
 
-    1 needs heads of one and the same direction; two that share r directions evenly score 1 / sqrt(r), and 0 is a head
-    that reads nothing of what the other writes. Some code elsewhere gives the square.
+    1 needs heads of one and the same direction; two that share r directions evenly score 1 / sqrt(r), and 0 (which may
+    read as 1e-8) is a head that reads nothing of what the other writes. Some code elsewhere gives the square.
 
     The null, derived here, is M2 turned by a rotation R of the stream, Haar in O(d) with d = d_model, which keeps all
     singular values. With A = M1^T M1 and B = M2 M2^T the squared norm is then tr(A R B R^T). E R B R^T commutes with
@@ -91,14 +91,20 @@ def _traces(factor: Tensor, d: int) -> tuple[Tensor, Tensor]:
 
 
 def _products(write: Tensor, read: Tensor) -> Tensor:
-    """||P Q||² [head, head_to], some writing heads at a time."""
-    side = read.transpose(0, 1).flatten(1)  # [d_model, head_to * rank_to]: one matrix product for all of them
-    heads = max(1, _CHUNK // (write.shape[1] * max(1, side.shape[1])))
-    found = [
-        (some.flatten(0, 1) @ side).square_().unflatten(1, (len(read), -1)).sum(-1).unflatten(0, (len(some), -1)).sum(1)
-        for some in write.split(heads)
-    ]
-    return torch.cat(found)
+    """||P Q||² = tr(P^T P Q Q^T) for each writing and each reading head, [head, head_to].
+
+    The sum over the entries of two symmetric matrices takes d² / 2 products a pair where P Q would take rank² d. Some
+    rows of all matrices are made at a time, from the diagonal on.
+    """
+    d = write.shape[-1]
+    total = write.new_zeros(len(write), len(read))
+    size = max(1, _CHUNK // max(1, d * (len(write) + len(read))))
+    for start in range(0, d, size):
+        rows = slice(start, start + size)
+        first, second = write[..., rows].mT @ write[..., start:], read[:, rows] @ read[:, start:].mT
+        second[..., size:] *= 2  # right of the rows' own square, for what lies below it too
+        total.addmm_(first.flatten(1), second.flatten(1).mT)
+    return total.clamp_(min=0)
 
 
 def _triangle(tall: Tensor) -> Tensor:

@@ -9,20 +9,23 @@ model; whether steps follow the gradient is what one measures. Norm growth alone
 <z, g> = 0, so every exact gradient step lengthens z, and so does adding anything that doesn't oppose it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaint.measures.norms import dot
 
-# Bytes that the products with the vocabulary hold at once: up to five buffers of [position, vocabulary], and beside
-# them a block of the unembedding where it has to be widened.
-BUDGET = 128 << 20
-_BUFFERS, _CAST_BYTES = 5, 32 << 20
+# Bytes that the products with the vocabulary hold at once: half for blocks of logits, half for what is as wide as the
+# stream.
+BUDGET = 64 << 20
+_BLOCKS, _STREAMS = 3, 4
+# Bytes of the unembedding that are widened at once.
+_CAST_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -72,35 +75,35 @@ class Readout:
             out = inner @ self.weight
         else:
             out = torch.cat([inner @ weight for _, weight in self._widened(z.dtype)], -1)
+        return self.finish(out, slice(None))
+
+    def finish(self, out: Float[Tensor, "*rest some"], columns: slice | Tensor) -> Float[Tensor, "*rest some"]:
+        """The logits of these columns of the vocabulary from norm(z) W_U, which is overwritten."""
         if self.bias is not None:
-            out += self.bias.to(out.dtype)
+            out += self.bias[columns].to(out.dtype)
         if self.scale != 1:
             out *= self.scale
         return out if self.soft_cap is None else out.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
 
+    def slope(self, logits: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"] | None:
+        """The derivative of the cap, 1 - (f / c)², where there is one."""
+        return None if self.soft_cap is None else (logits / self.soft_cap).square_().neg_().add_(1)
+
     def pull_back(
         self,
         z: Float[Tensor, "n d_model"],
-        logits: Float[Tensor, "n vocab"],
-        probabilities: Float[Tensor, "n vocab"],
+        expected: Float[Tensor, "n d_model"],
+        at_targets: Float[Tensor, "n k"],
         targets: Int[Tensor, "n k"],
     ) -> Float[Tensor, "n k d_model"]:
-        """Gradients at z of the cross-entropy with each target; overwrites `probabilities`.
+        """Gradients at z of the cross-entropy with each target, given W_U C p and the targets' logits.
 
-        scale J_N(z)' W_U C (p - e_y), where C = 1 - (f / c)² is the cap's slope. Targets share the product W_U C p.
+        scale J_N(z)' W_U C (p - e_y), where C is the cap's slope. Targets share the product W_U C p.
         """
         at_target = self.weight.mT[targets].to(z.dtype)
-        if self.soft_cap is not None:
-            slope = (logits / self.soft_cap).square_().neg_().add_(1)
-            at_target = at_target * slope.gather(1, targets)[..., None]
-            probabilities.mul_(slope)
-        if self.weight.dtype == z.dtype:
-            shared = probabilities @ self.weight.mT
-        else:
-            shared = torch.zeros_like(z)
-            for columns, weight in self._widened(z.dtype):
-                shared += probabilities[:, columns] @ weight.mT
-        gradient = (shared[:, None] - at_target) * self.scale
+        slope = self.slope(at_targets)
+        at_target = at_target if slope is None else at_target * slope[..., None]
+        gradient = (expected[:, None] - at_target) * self.scale
         return gradient if self.norm is None else self.norm.pull_back(z, gradient)
 
     def _widened(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -131,14 +134,24 @@ class PathReadings(NamedTuple):
     rate: Float[Tensor, "step n k"]  # -<D, g> / ||g||², the learning rate of a gradient step of that size
 
 
+class _Predictions(NamedTuple):
+    """What one way through the vocabulary tells of predictions at points of the stream."""
+
+    log_sum: Float[Tensor, "point n"]
+    entropy: Float[Tensor, "point n"]
+    kl: Float[Tensor, "point n"]  # of the last start's prediction from that at each point
+    rank: Float[Tensor, "point n"]
+    at_targets: Float[Tensor, "point n k"]
+    expected: Float[Tensor, "start n d_model"]  # W_U C p
+
+
 def inner_gradient(
     readout: Readout, z: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n d_model"]]:
     """Cross-entropy of each target at z, in nats, and its gradient, in closed form."""
-    logits = readout.logits(z)
-    p, log_sum = _softmax(logits)
-    loss = log_sum - logits.gather(1, targets[:, None])[:, 0]
-    return loss, readout.pull_back(z, logits, p, targets[:, None])[:, 0]
+    found = _predict(readout, z[None], targets[:, None], starts=1)
+    gradient = readout.pull_back(z, found.expected[0], found.at_targets[0], targets[:, None])
+    return (found.log_sum - found.at_targets[..., 0])[0], gradient[:, 0]
 
 
 def read_path(
@@ -152,7 +165,7 @@ def read_path(
     """Losses at every point, and how each step (start, stop) between points agrees with the gradient at its start.
 
     The last point is the model's final stream. `targets[:, 0]` are the true next tokens, further columns other
-    tokens to compare with. Rows go through the vocabulary in chunks that hold at most `budget` bytes.
+    tokens to compare with. Rows are read in pieces, at all points at once, that hold at most `budget` bytes.
     """
     n, k = targets.shape
     like = points[-1]
@@ -162,10 +175,11 @@ def read_path(
         *(like.new_full(at_points, torch.nan) for _ in range(4)),
         *(like.new_empty(at_steps) for _ in range(3)),
     )
-    rows = max(1, budget // (_BUFFERS * readout.weight.shape[1] * like.dtype.itemsize))
-    for start in range(0, n, rows):
-        chunk = slice(start, start + rows)
-        _read_rows(readout, [z[chunk] for z in points], steps, targets[chunk], translators, found, chunk)
+    room = max(1, budget // (2 * _STREAMS * like.shape[1] * like.dtype.itemsize * len(points)))
+    size = math.ceil(n / max(1, math.ceil(n / room)))  # pieces all alike
+    for start in range(0, n, max(1, size)):
+        rows = slice(start, start + size)
+        _read_rows(readout, [z[rows] for z in points], steps, targets[rows], translators, found, rows, budget)
     return found
 
 
@@ -177,30 +191,27 @@ def _read_rows(
     translators: Sequence[Translator | None] | None,
     found: PathReadings,
     rows: slice,
+    budget: int,
 ) -> None:
-    final = readout.logits(points[-1])
-    final_p, final_sum = _softmax(final)
-    final_mean = dot(final_p, final)
-    del final
-    for i, z in enumerate(points):
-        translator = translators[i] if translators is not None else None
-        read = z if translator is None else z @ translator.matrix + translator.bias
-        logits = readout.logits(read)
-        p, log_sum = _softmax(logits)
-        at_targets = logits.gather(1, targets)
-        found.loss[i, rows] = log_sum[:, None] - at_targets
-        found.rank[i, rows] = (logits > at_targets[:, :1]).sum(-1).to(z.dtype) + 1
-        found.entropy[i, rows] = log_sum - dot(p, logits)
-        found.kl[i, rows] = ((final_mean - dot(final_p, logits)) + (log_sum - final_sum)).clamp(min=0)
-        leaving = [s for s, (begin, _) in enumerate(steps) if begin == i]
-        if not leaving and i < len(points) - 1:
-            continue
-        gradient = readout.pull_back(read, logits, p, targets)
-        gradient = gradient if translator is None else gradient @ translator.matrix.mT
+    # Points that gradients are wanted at come first, of them the final one last.
+    starts = sorted({start for start, _ in steps} | {len(points) - 1})
+    order = [*starts, *(i for i in range(len(points)) if i not in starts)]
+    read = list(points)
+    for i, translator in enumerate(translators or ()):
+        read[i] = points[i] if translator is None else points[i] @ translator.matrix + translator.bias
+    predicted = _predict(readout, torch.stack([read[i] for i in order]), targets, len(starts), budget)
+    found.loss[order, rows] = predicted.log_sum[..., None] - predicted.at_targets
+    found.rank[order, rows] = predicted.rank
+    found.entropy[order, rows] = predicted.entropy
+    found.kl[order, rows] = predicted.kl
+    for i, expected, at_targets in zip(starts, predicted.expected, predicted.at_targets, strict=False):
+        gradient = readout.pull_back(read[i], expected, at_targets, targets)
+        if translators is not None and (translator := translators[i]) is not None:
+            gradient = gradient @ translator.matrix.mT
         square = dot(gradient, gradient)
         found.gradient_norm[i, rows] = square[:, 0].sqrt()
-        for s in leaving:
-            step = points[steps[s][1]] - z
+        for s in [s for s, (start, _) in enumerate(steps) if start == i]:
+            step = points[steps[s][1]] - points[i]
             descent = -dot(gradient, step[:, None].expand_as(gradient))
             length = (square * dot(step, step)[:, None]).sqrt()
             found.descent[s, rows] = descent
@@ -208,9 +219,80 @@ def _read_rows(
             found.rate[s, rows] = torch.where(square > 0, descent / square, 0.0)
 
 
-def _softmax(logits: Float[Tensor, "n vocab"]) -> tuple[Float[Tensor, "n vocab"], Float[Tensor, " n"]]:
-    """Probabilities, and the logarithm of what they were divided by; one buffer beside the logits."""
-    largest = logits.amax(-1, keepdim=True)
-    p = (logits - largest).exp_()
-    total = p.sum(-1, keepdim=True)
-    return p.div_(total), (total.log() + largest)[:, 0]
+@torch.no_grad()
+def _predict(
+    readout: Readout,
+    z: Float[Tensor, "point n d_model"],
+    targets: Int[Tensor, "n k"],
+    starts: int,
+    budget: int = BUDGET,
+) -> _Predictions:
+    """One way through the vocabulary for all points at once, in blocks of columns that stay in the cache.
+
+    Sums over the vocabulary are kept beside the largest logit so far, and shrink when a larger one comes.
+    """
+    points, n, d_model = z.shape
+    rows, last = points * n, starts - 1
+    normed = z if readout.norm is None else readout.norm(z)
+    bar = _at_targets(readout, normed, targets[:, 0]).reshape(rows, 1)
+    inner, targets = normed.flatten(0, 1), targets.repeat(points, 1)
+    at_targets = inner.new_empty(targets.shape)
+    largest = inner.new_full((rows, 1), -math.inf)
+    total, weighted, apart, above = inner.new_zeros(4, rows, 1)
+    expected = inner.new_zeros(starts * n, d_model)
+    width = _width(readout, rows, inner.dtype, budget)
+    buffers = inner.new_empty(_BLOCKS, rows * width)
+    for start in range(0, readout.weight.shape[1], width):
+        columns = slice(start, start + width)
+        weight = readout.weight[:, columns].to(inner.dtype)
+        logits, p, space = (buffer[: rows * weight.shape[1]].view(rows, -1) for buffer in buffers)
+        readout.finish(torch.mm(inner, weight, out=logits), columns)
+        here, place = _within(targets - start, logits.shape[1])
+        at_targets = torch.where(here, logits.gather(1, place), at_targets)
+        # Comparing into numbers and adding these up is several times faster than counting Booleans. The target is not
+        # above itself, however the two products round.
+        hits = torch.gt(logits, bar, out=space)
+        above += hits.sum(-1, keepdim=True) - (hits.gather(1, place) * here)[:, :1]
+        before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
+        shrink = (before - largest).exp_()
+        torch.sub(logits, largest, out=p).exp_()
+        total.mul_(shrink).add_(p.sum(-1, keepdim=True))
+        weighted.mul_(shrink).add_(torch.mul(p, logits, out=space).sum(-1, keepdim=True))
+        at, of, difference = (block.view(points, n, -1) for block in (logits, p, space))
+        torch.sub(at[last], at, out=difference).mul_(of[last])
+        apart.view(points, n, 1).mul_(shrink.view(points, n, 1)[last]).add_(difference.sum(-1, keepdim=True))
+        slope = readout.slope(logits[: starts * n])
+        p = p[: starts * n] if slope is None else p[: starts * n] * slope
+        expected.mul_(shrink[: starts * n]).addmm_(p, weight.mT)
+    total, weighted, apart, above, largest = (x.view(points, n) for x in (total, weighted, apart, above, largest))
+    log_sum = total.log() + largest
+    return _Predictions(
+        log_sum,
+        log_sum - weighted / total,
+        (apart / total[last] + (log_sum - log_sum[last])).clamp(min=0),
+        above + 1,
+        at_targets.view(points, n, -1),
+        expected.view(starts, n, d_model) / total[:starts, :, None],
+    )
+
+
+def _width(readout: Readout, rows: int, dtype: torch.dtype, budget: int) -> int:
+    """How many columns of the vocabulary are read at a time."""
+    width = min(readout.weight.shape[1], budget // (2 * _BLOCKS * dtype.itemsize * rows))
+    if readout.weight.dtype != dtype:
+        width = min(width, _CAST_BYTES // (len(readout.weight) * dtype.itemsize))
+    return max(1, width)
+
+
+def _at_targets(
+    readout: Readout, normed: Float[Tensor, "point n d_model"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, "point n"]:
+    """The logits of targets alone, which the others can be compared with as they come."""
+    # As a matrix product, since rounded as those are: a sum by itself is not.
+    found = normed @ readout.weight[:, targets].to(normed.dtype)
+    return readout.finish(found, targets).diagonal(0, 1, 2)
+
+
+def _within(targets: Int[Tensor, "row k"], width: int) -> tuple[Bool[Tensor, "row k"], Int[Tensor, "row k"]]:
+    """Which of these columns lie in a block of this width, and where; the others anywhere in it."""
+    return (targets >= 0) & (targets < width), targets.clamp(0, width - 1)

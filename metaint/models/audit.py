@@ -172,16 +172,12 @@ def _compare(pair: Pair) -> tuple[float, float]:
     return (math.inf, math.nan) if math.isnan(absolute) else (absolute / magnitude, absolute)
 
 
-def _run_edits(model: Any) -> list[Finding]:
-    return [_try_edits(model, name, hook) for name, hook in _EDITS.items()]
-
-
-def _try_edits(model: Any, name: str, hook: str) -> Finding:
+def _try_edits(model: Any, name: str) -> Finding:
     """Edits each layer in a row of its own, all rows being the same tokens; the last row tells the noise.
 
     So one forward pass tells for each layer whether an edit there reaches the logits.
     """
-    n_layers = int(model.cfg.n_layers)
+    n_layers, hook = int(model.cfg.n_layers), _EDITS[name]
     tokens = random_tokens(model, 1, TOKENS).repeat(n_layers + 2, 1)
     change = _other_pattern if hook == "hook_pattern" else _other_values
     edits = {f"blocks.{layer}.attn.{hook}": _edit_row(change, layer + 1) for layer in range(n_layers)}
@@ -237,5 +233,6 @@ class _Part(NamedTuple):
 _PARTS = {
     "attention": _Part(_ATTENTION, lambda model: _run_checks(model, _ATTENTION, _ATTENTION_HOOKS)),
     "weights": _Part(_WEIGHTS, lambda model: _run_checks(model, _WEIGHTS, _WEIGHT_HOOKS)),
-    "edits": _Part(_EDITS, _run_edits),
+    # Each in a pass of its own.
+    **{name: _Part([name], lambda model, name=name: [_try_edits(model, name)]) for name in _EDITS},
 }

@@ -148,10 +148,11 @@ def value_mix(trial: Trial) -> Iterator[Pair]:
 
 
 def output_sum(trial: Trial) -> Iterator[Pair]:
+    weights = trial.model.W_O  # which a bridge makes anew at each call
     for layer in trial.layers:
         name = _attention_output(trial, layer)
         z = trial.reading[f"blocks.{layer}.attn.hook_z"]
-        summed = torch.einsum("bqhd,hdm->bqm", z, widen(trial.model.W_O[layer]))
+        summed = torch.einsum("bqhd,hdm->bqm", z, widen(weights[layer]))
         yield Pair(name, trial.reading[name], summed + bias_of(trial.model, "b_O", layer, summed))
 
 

@@ -58,7 +58,8 @@ def read(model: Any, tokens: Tensor, names: Sequence[str]) -> Reading:
 
         return hook
 
-    present = [name for name in names if name in model.hook_dict]
+    there = model.hook_dict  # which a bridge makes anew at each call
+    present = [name for name in names if name in there]
     logits = _forward(model, tokens, [(name, keep(name)) for name in present])
     return Reading(activations, logits)
 
@@ -77,8 +78,9 @@ def logits_after(model: Any, tokens: Tensor, edits: dict[str, Edit]) -> Tensor:
 
         return hook
 
+    there = model.hook_dict
     for name in edits:
-        if name not in model.hook_dict:
+        if name not in there:
             raise Unavailable(f"the hook {name} never fired", name)
     logits = _forward(model, tokens, [(name, apply(name, edit)) for name, edit in edits.items()])
     for name in edits:

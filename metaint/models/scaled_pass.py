@@ -62,7 +62,7 @@ def scaled_pass(
 ) -> ScaledPass:
     """The model's own pass with all parameters times c. `writes`: read what sublayers add; `score_names`: the hooks on
     queries and keys as they enter the scores, if they are known."""
-    layers = range(int(model.cfg.n_layers))
+    layers, there = range(int(model.cfg.n_layers)), model.hook_dict
     streams: dict[int, Tensor] = {}
     logs: dict[str, dict[int, Tensor]] = {}
     held: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ def scaled_pass(
         hooks.append((f"{block}.hook_resid_post", partial(stream, layer=layer)))
         if writes:
             found = [(f"{block}.{name}", partial(length, name=to, layer=layer)) for name, to in _WRITES.items()]
-            hooks += [(name, hook) for name, hook in found if name in model.hook_dict]
+            hooks += [(name, hook) for name, hook in found if name in there]
         hooks += [(f"{block}.attn.{name}", partial(scores, name=name, layer=layer)) for name in score_names]
     output = _run(model, c, batch, hooks, allow_folded)
     together = torch.stack([streams[layer] for layer in layers])

@@ -53,8 +53,8 @@ class InnerProbe(Probe):
     writes don't add up, the split by attention and MLP is NaN. Passes that continue a cache are left out: their next
     tokens are not there yet.
 
-    Costs four products of [positions, d_model] with the unembedding for each sublayer; the vocabulary is gone
-    through in chunks of at most 128 MB. State: sums for each sequence and layer, and norm, loss and learning rates
+    Costs four products of [positions, d_model] with the unembedding for each layer, in blocks of at most 64 MB that
+    hold all layers. State: sums for each sequence and layer, and norm, loss and learning rates
     of each sampled token, about 30 kB a sequence at 12 layers and 64 positions.
     """
 

@@ -71,7 +71,8 @@ class Probe(Metric):
                 f"this {type(self).__name__} has read a model of {self.shape.n_layers} layers x {self.shape.n_heads} "
                 f"heads, and this one has {shape.n_layers} x {shape.n_heads}: use a new probe."
             )
-        missing = [name for name in self.hook_names(shape) if name not in model.hook_dict]
+        there = model.hook_dict  # which a bridge makes anew at each call
+        missing = [name for name in self.hook_names(shape) if name not in there]
         if missing:
             raise HookAuditError(
                 f"{type(self).__name__} reads {missing[0]}, which this model does not have: "

@@ -57,7 +57,7 @@ def test_pieces_give_what_the_whole_gives(monkeypatch):
     whole = of(first, second)
     monkeypatch.setattr("metaint.measures.composition._CHUNK", 1)
     for a, b in zip(whole, of(first, second), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("d_model", "d_head"), [(12, 3), (8, 2), (2, 1)])
@@ -137,7 +137,7 @@ def test_what_reads_nothing_of_it_scores_zero_below_chance():
     basis = torch.linalg.qr(gaussian(32, 32)).Q
     some, rest = basis[:, :8], basis[:, 8:]
     score, z = of((some[None], some.mT[None]), (rest[None], rest.mT[None]))
-    assert float(score) == pytest.approx(0, abs=1e-12)
+    assert float(score) == pytest.approx(0, abs=1e-7)
     assert float(z) < -2
 
 

@@ -45,6 +45,13 @@ def test_recall_is_argmax_in_chunks_and_whole(monkeypatch):
     assert torch.equal(memory.recall(queries, candidates).rank, whole.rank)
 
 
+def test_ranks_of_many_candidates_are_counted_exactly_in_half_precision():
+    queries, candidates = torch.ones(2, 1).bfloat16(), torch.linspace(1, 0, 3000)[:, None].bfloat16()
+    found = memory.recall(queries, candidates, torch.tensor([2999, 1500]))
+    scores = candidates[:, 0]
+    assert found.rank.tolist() == [plain_rank(scores.tolist(), target, len(candidates) - 1) for target in (2999, 1500)]
+
+
 def test_a_memory_of_orthonormal_embeddings_recalls_all_and_sums_by_concatenation():
     inputs, outputs = torch.linalg.qr(draw(24, 24))[0][:10], torch.linalg.qr(draw(24, 24, seed=1))[0][:10]
     W = inputs.T @ outputs

@@ -192,6 +192,8 @@ def test_few_passes_and_only_those_needed() -> None:
     require(model, ["pattern_rows", "value_mix"])
     require(model, ["pattern_rows"])
     assert passes.count == 1
+    require(model, ["edit_z"])
+    assert passes.count == 2
     audit(model)
     audit(model)
     assert passes.count == 5
