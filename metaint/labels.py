@@ -113,7 +113,7 @@ def telling_heads(scan: xr.DataTree | xr.Dataset, most: int = 15) -> pd.DataFram
     named["shape"] = ~named["label"].isin(SPECIFIC)
     chosen = named.sort_values(["shape", "turn", "order"]).drop_duplicates("head").head(most)
     chosen = chosen.sort_values(["order", "margin"], ascending=[True, False], ignore_index=True)
-    return chosen[COLUMNS]
+    return chosen.loc[:, COLUMNS]
 
 
 def heads_of(scan: xr.DataTree | xr.Dataset) -> xr.Dataset:

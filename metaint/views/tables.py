@@ -123,7 +123,7 @@ def print_telling(console: Console, scan: xr.DataTree, on_text: xr.DataTree, mos
     table.add_column("labels on text")
     for row in chosen.to_dict("records"):
         interval = f"{number(row['low'])}–{number(row['high'])}"
-        on_text_score = others[row["label"]].score[row["layer"], row["index"]]
+        on_text_score = float(others[row["label"]].score[row["layer"], row["index"]])
         numbers = (interval, number(row["uniform"]), number(row["null_mean"]), number(on_text_score))
         score = f"[bold]{number(row['score'])}[/]"
         table.add_row(row["head"], row["label"], score, *numbers, also.get(row["head"], "–"))
