@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from metaint.circuits.checks import check_circuit
     from metaint.circuits.circuit import trace_circuit
     from metaint.circuits.files import load_circuit, save_circuit
+    from metaint.circuits.scan_metrics import scan_metric
     from metaint.errors import (
         ActivationError,
         HookAuditError,
@@ -69,6 +70,7 @@ _HOMES = {
     "metaint.circuits.checks": ("check_circuit",),
     "metaint.circuits.circuit": ("trace_circuit",),
     "metaint.circuits.files": ("load_circuit", "save_circuit"),
+    "metaint.circuits.scan_metrics": ("scan_metric",),
     "metaint.errors": (
         "ActivationError", "HookAuditError", "InputError", "MetaintError", "ModelError", "StoreError",
     ),

@@ -1,10 +1,10 @@
-"""Taking heads out and looking at what becomes of a metric: `ablate`, for single heads and for sets of them.
+"""Taking parts out and looking at what becomes of a metric: `ablate`, for heads, MLPs, whole layers and sets of them.
 
-In: a model, tokens, heads and what stands in for them. Out: effects, the metric after minus before, with bootstrap
+In: a model, tokens, parts and what stands in for them. Out: effects, the metric after minus before, with bootstrap
 intervals over sequences. Source of "pattern-preserving": Olsson et al. 2022, "In-context Learning and Induction Heads".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,83 +13,115 @@ import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
 
-from metaint.circuits.experiment import all_heads, interval, run, set_up
+from metaint.circuits.experiment import interval, run, set_up
 from metaint.circuits.metrics import MetricFunction
-from metaint.errors import InputError
+from metaint.circuits.parts import Named, chosen_parts, named_sets
+from metaint.circuits.scan_metrics import ScanMetric
+from metaint.models.audit import require
 from metaint.models.describe import facts_of
-from metaint.models.memory import head_of
 
 # A mean and the interval around it.
 _ENDS = ("", "_low", "_high")
+# By kind of part, the variable that holds its effects, and what it is.
+_VARIABLES = {
+    "head": ("effect", "the head"),
+    "mlp": ("mlp_effect", "the MLP"),
+    "attn": ("attn_effect", "all heads of the layer"),
+}
 
 
 def ablate(
     model: Any,
     tokens: Int[Tensor, "batch position"] | str | None = None,
-    heads: Sequence[str] | None = None,
+    parts: Sequence[str] | str | None = None,
     how: str = "zero",
-    metric: str | MetricFunction = "in_context_loss",
+    metric: str | MetricFunction | ScanMetric = "in_context_loss",
     *,
+    positions: Iterable[int] | None = None,
     sets: Mapping[str, Sequence[str]] | Sequence[Sequence[str]] | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> xr.Dataset:
-    """What becomes of `metric` when heads are ablated: each of `heads` alone, and each of `sets` together.
+    """What becomes of `metric` when parts are ablated: each of `parts` alone, and each of `sets` together.
 
-    `heads` are names such as "5.1"; None for every head, or for none where `sets` are given. `sets` are lists of
-    names, or a mapping with a name for each. `how` says what stands at hook_z in a head's place: "zero"; "mean", its
-    mean over all sequences and positions of `tokens`; "resample", what it gives in another of the sequences at the
-    same position (each is given once, by `seed`); "pattern-preserving", zero, with all later layers attending as
-    they did before (Olsson et al. 2022), so that what is lost is what heads moved and not where later ones look.
-    `metric` is "in_context_loss", "induction_accuracy", "next_token_loss" (`circuits.metrics`), or a function
-    (logits [batch, position, vocab], tokens) -> values [batch]. `tokens` are as in `metaint.scan`; None for repeated
-    random tokens. `batch_size` sequences are run at once, copies counted (None: as many as have 4096 tokens).
+    - `tokens`: as in `metaint.scan`; None for repeated random tokens.
+    - `parts`: names of heads ("5.1"), MLPs ("mlp 3") and of all heads of a layer together ("attn 3"); "heads", "mlps"
+      or "attns" for all of a kind, in the list or in its place. None is every head, or nothing where `sets` are given.
+    - `how`: what stands in a part's place, at hook_z of heads (so that the bias b_O of their layer stays, which is no
+      head's) and at hook_mlp_out of MLPs (biases and all):
+      "zero"; "mean", its mean over all sequences and positions of `tokens`; "resample", what it gives in another of
+      the sequences at the same position (each is given once, by `seed`); "pattern-preserving", zero, with all later
+      layers attending as they did before (Olsson et al. 2022), so that what is lost is what parts wrote and not where
+      later heads look.
+    - `metric`: "in_context_loss", "induction_accuracy", "next_token_loss" (`circuits.metrics`); a function
+      (logits [batch, position, vocab], tokens) -> values [batch]; or a variable of a scan, averaged over heads
+      (`metaint.scan_metric`), which needs no logits: none are made, and no layer above the last that is read is run.
+    - `positions`: ablate there alone, counted from 0 in each sequence, a BOS too; None is everywhere.
+    - `sets`: lists of such names, or a mapping with a name for each.
+    - `batch_size`: sequences run at once, copies counted (None: as many as have 4096 tokens).
+    - `progress`: show a bar.
 
-    `effect` (layer, head), NaN for heads not asked for, and `set_effect` (set) are means over sequences of the metric
-    after minus before, in its own units, with 95 % bootstrap intervals over sequences in `_low` and `_high`; so is
-    `clean`, the metric before. `attrs["passes"]` tells whether layers below an ablated head were run once for all, or
-    why not: hooks that are on the model stay on, and see whole passes.
+    Gives means over sequences of the metric after minus before, in its own units, with 95 % bootstrap intervals over
+    sequences in `_low` and `_high`:
 
-    Raises InputError for tokens, heads, or a metric that can't be used, a bidirectional model without a metric of its
-    own among them; HookAuditError where edits at hook_z have no effect, or patterns and values don't make z.
+    - `effect` (layer, head), NaN for heads not asked for;
+    - `mlp_effect` (layer) and `attn_effect` (layer), where there are such parts, NaN for layers not asked for;
+    - `set_effect` (set), where there are sets;
+    - `clean`, the metric before.
+
+    `attrs["ablated_positions"]` are the positions, or "all"; `attrs["passes"]` tells whether layers below an ablated
+    part were run once for all, or why not: hooks that are on the model stay on, and see whole passes.
+
+    Raises InputError for tokens, parts, positions or a metric that can't be used, a bidirectional model with a metric
+    of next tokens among them; HookAuditError where edits at hook_z or hook_mlp_out have no effect, or patterns and
+    values don't make z.
+
+    >>> import metaint, torch
+    >>> from metaint.models.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> sink = metaint.scan_metric("first_token", layers=[1])
+    >>> found = metaint.ablate(model, torch.arange(20).view(2, 10), ["mlp 0", "0.1"], metric=sink, positions=[0])
+    >>> found["mlp_effect"].dims, found["effect"].dims, found.attrs["ablated_positions"]
+    (('layer',), ('layer', 'head'), [0])
     """
-    experiment = set_up(model, tokens, how, metric, batch_size=batch_size, seed=seed, progress=progress)
-    chosen, named = _heads(model, heads, sets), _sets(model, sets)
-    values = run(experiment, [*([part] for part in chosen), *named.values()])
-    clean, *effects = interval(torch.cat([values[:1], values[1:] - values[:1]]))
-    single = np.full((3, int(model.cfg.n_layers), int(model.cfg.n_heads)), np.nan)
-    for (layer, head), effect in zip(chosen, effects, strict=False):
-        single[:, layer, head] = effect
+    chosen, named = chosen_parts(model, parts, sets), named_sets(model, sets)
+    options = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    experiment = set_up(model, tokens, how, metric, positions=positions, **options)
+    together = [*(part.parts(model) for part in chosen), *named.values()]
+    if any(head is None for parts_of_one in together for _, head in parts_of_one):
+        require(model, ["edit_mlp"])
+    values = run(experiment, together)
+    changes = torch.cat([values[:1], values[1:] - values[:1]])
+    clean, *effects = interval(changes * experiment.weights, over=experiment.weights[None])
     variables: dict[str, Any] = {f"clean{end}": value for end, value in zip(_ENDS, clean, strict=True)}
-    variables |= {f"effect{end}": (("layer", "head"), value) for end, value in zip(_ENDS, single, strict=True)}
-    coords: dict[str, Any] = {"layer": range(single.shape[1]), "head": range(single.shape[2])}
+    variables |= _by_part(model, chosen, effects)
+    coords: dict[str, Any] = {"layer": range(int(model.cfg.n_layers)), "head": range(int(model.cfg.n_heads))}
     if named:
         coords["set"] = list(named)
-        together = np.transpose(effects[len(chosen) :])
-        variables |= {f"set_effect{end}": (("set",), value) for end, value in zip(_ENDS, together, strict=True)}
-    data = xr.Dataset(variables, coords, {**facts_of(model), **experiment.facts})
-    data["effect"].attrs["description"] = f"{experiment.metric.name} with the head ablated ({how}), minus without"
+        of_sets = np.transpose(effects[len(chosen) :])
+        variables |= {f"set_effect{end}": (("set",), value) for end, value in zip(_ENDS, of_sets, strict=True)}
+    at = "all" if experiment.at is None else experiment.at.nonzero().flatten().tolist()
+    data = xr.Dataset(variables, coords, {**facts_of(model), **experiment.facts, "ablated_positions": at})
+    for name, part in (*_VARIABLES.values(), ("set_effect", "all parts of the set")):
+        if name in data:
+            data[name].attrs["description"] = f"{experiment.metric.name} with {part} ablated ({how}), minus without"
     data["clean"].attrs["description"] = f"{experiment.metric.name} of the model as it is"
     return data
 
 
-# ---- names -------------------------------------------------------------------------------------------------------
-
-
-def _heads(model: Any, heads: Sequence[str] | None, sets: Any) -> list[tuple[int, int]]:
-    if heads is None:
-        return all_heads(model) if sets is None else []
-    if isinstance(heads, str) or (not heads and not sets):
-        raise InputError(f'heads is {heads!r}: give a list of names such as ["5.1", "5.5"], or None for every head.')
-    return list(dict.fromkeys(head_of(model, name) for name in heads))
-
-
-def _sets(model: Any, sets: Any) -> dict[str, frozenset[tuple[int, int]]]:
-    if sets is None:
-        return {}
-    named = sets if isinstance(sets, Mapping) else {"+".join(map(str, names)): names for names in sets}
-    for name, names in named.items():
-        if isinstance(names, str) or not names:
-            raise InputError(f'sets has {names!r} for {name!r}: give each as a list of heads, such as ["0.1", "5.1"].')
-    return {str(name): frozenset(head_of(model, head) for head in names) for name, names in named.items()}
+def _by_part(model: Any, chosen: Sequence[Named], effects: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The effects of single parts as variables, NaN for those not asked for: of heads always, else where there are."""
+    layers, heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
+    shapes = {"head": (3, layers, heads), "mlp": (3, layers), "attn": (3, layers)}
+    values: dict[str, Any] = {kind: np.full(shape, np.nan) for kind, shape in shapes.items()}
+    for part, effect in zip(chosen, effects, strict=False):
+        place = (part.layer,) if part.head is None else (part.layer, part.head)
+        values[part.kind][(slice(None), *place)] = effect
+    asked = {"head", *(part.kind for part in chosen)}
+    variables: dict[str, Any] = {}
+    for kind, (name, _) in _VARIABLES.items():
+        if kind in asked:
+            dims = ("layer", "head") if kind == "head" else ("layer",)
+            variables |= {f"{name}{end}": (dims, value) for end, value in zip(_ENDS, values[kind], strict=True)}
+    return variables

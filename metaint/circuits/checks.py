@@ -15,8 +15,10 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaint.circuits.experiment import Experiment, all_heads, interval, run, set_up
+from metaint.circuits.experiment import Experiment, interval, run, set_up
 from metaint.circuits.metrics import MetricFunction
+from metaint.circuits.parts import all_heads
+from metaint.circuits.scan_metrics import ScanMetric
 from metaint.errors import InputError
 from metaint.models.describe import facts_of
 from metaint.models.memory import head_of
@@ -38,7 +40,7 @@ def check_circuit(
     heads: Sequence[str],
     tokens: Int[Tensor, "batch position"] | str | None = None,
     how: str = "mean",
-    metric: str | MetricFunction = "in_context_loss",
+    metric: str | MetricFunction | ScanMetric = "in_context_loss",
     *,
     random: int = 50,
     batch_size: int | None = None,
@@ -75,10 +77,11 @@ def check(experiment: Experiment, circuit: Sequence[Head], random: int, seed: in
     every = all_heads(model)
     others, kind = random_circuits(model, circuit, random, seed)
     sets = [set(circuit), *map(set, others)]
-    values = run(experiment, [every, *(set(every) - some for some in sets), *sets])
+    weights = experiment.weights[None]
+    values = weights * run(experiment, [every, *(set(every) - some for some in sets), *sets])
     clean, empty = values[:1], values[1:2]
     alone, without = values[2:].split(len(sets))
-    bring = interval(clean - empty)[0]
+    bring = interval(clean - empty, over=weights)[0]
     kept = interval(alone - empty, over=clean - empty)
     lost = interval(clean - without, over=clean - empty)
     data = xr.Dataset(coords={"random": range(len(others))})
@@ -88,7 +91,7 @@ def check(experiment: Experiment, circuit: Sequence[Head], random: int, seed: in
         data[f"random_{name}"] = (("random",), found[1:, 0])
     for suffix, number in zip(("", "_low", "_high"), bring, strict=True):
         data[f"all_heads{suffix}"] = number
-    data["clean"], data["ablated"] = interval(clean)[0, 0], interval(empty)[0, 0]
+    data["clean"], data["ablated"] = interval(clean, over=weights)[0, 0], interval(empty, over=weights)[0, 0]
     found, why = False, nothing_to_explain(experiment, (empty - clean)[0])
     if not why:
         found, why = _verdict(data, experiment.metric.name, kind, len(circuit) == len(every))

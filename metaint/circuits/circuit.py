@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaint.circuits.checks import check, nothing_to_explain
-from metaint.circuits.experiment import Experiment, Part, all_heads, interval, run, set_up
+from metaint.circuits.experiment import Experiment, interval, run, set_up
 from metaint.circuits.graph import Effect, add_edges, add_nodes
 from metaint.circuits.metrics import MetricFunction
+from metaint.circuits.parts import Part, all_heads
 from metaint.circuits.paths import EMBEDDING, LOGITS, Node, Path, Wiring, cut, has_mlps, is_head, wiring_of, writers_of
 from metaint.errors import InputError
 from metaint.labels import heads_of, label_heads

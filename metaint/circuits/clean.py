@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from metaint.circuits.scan_metrics import Reader
 from metaint.models.reading import widen
 from metaint.models.readout import readout_of
 
@@ -25,7 +26,8 @@ class Clean:
     """One batch as the model runs it, and what a pass that begins in the middle takes from it.
 
     `streams` are what each block reads and what the last one gives; `logits` are those of `places`, [row, vocab], or of
-    all positions. `patterns` are there where later layers are to attend as in this pass.
+    all positions. `patterns` are there where later layers are to attend as in this pass. Where a metric is read from
+    patterns, by `reader`, `scores` are what it read in each layer.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -39,6 +41,13 @@ class Clean:
     # How many values a block and its attention give, 0 for a tensor that is no tuple.
     shapes: dict[int, tuple[int, int]] = field(default_factory=dict)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    reader: Reader | None = None
+    scores: dict[int, Float[Tensor, "batch head"]] = field(default_factory=dict)
+
+    @property
+    def outcome(self) -> Tensor:
+        """What a metric is made of: the logits, or what a reader makes of scores."""
+        return self.logits if self.reader is None else self.reader.outcome(self.scores)
 
 
 def clean_pass(
@@ -49,9 +58,10 @@ def clean_pass(
     mlps: bool = False,
     patterns: bool = False,
     also: Sequence[str] = (),
+    reader: Reader | None = None,
 ) -> Clean:
     """The model's own pass; with `mlps` what MLPs write, with `patterns` the patterns, and hooks named in `also`."""
-    found = Clean(tokens, places)
+    found = Clean(tokens, places, reader=reader)
     kept = {"attn.hook_z": found.z}
     kept |= {"hook_mlp_out": found.mlp} if mlps else {}
     kept |= {"attn.hook_pattern": found.patterns} if patterns else {}
@@ -61,6 +71,8 @@ def clean_pass(
         for name, slot in kept.items()
     ]
     hooks += [(name, partial(keep, slot=found.read, key=name)) for name in also]
+    if reader is not None:
+        hooks += reader.hooks(range(len(model.blocks)), [found.scores])
     with ExitStack() as stack:
         for layer, block in enumerate(model.blocks):
             stack.callback(block.register_forward_pre_hook(partial(_keep_input, found, layer), with_kwargs=True).remove)

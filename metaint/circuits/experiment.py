@@ -4,37 +4,44 @@ In: a model, tokens, what stands in for a part, a metric. Out: the metric of eac
 """
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from metaint.circuits.clean import Clean, clean_pass
 from metaint.circuits.metrics import Metric, MetricFunction, metric_of, places_of, values_of
-from metaint.circuits.passes import Variant, begins_anywhere, outcomes
+from metaint.circuits.parts import Part
+from metaint.circuits.passes import Variant, outcomes
+from metaint.circuits.scan_metrics import Patterns, ScanMetric
+from metaint.circuits.trial import begins_anywhere
 from metaint.errors import InputError
 from metaint.measures.resampling import bootstrap_interval
 from metaint.models.audit import require
 from metaint.models.describe import is_causal
 from metaint.models.reading import steady
 from metaint.models.tokens import check_tokens, encoded
+from metaint.probes.heads import HeadProbe
 from metaint.scanning import default_tokens
 
 HOW = ("zero", "mean", "resample", "pattern-preserving")
 # Tokens that are run at once by default: enough to keep a CPU busy, and few enough for its caches and for logits.
 TOKENS = 4096
-# A head, or with None the MLP of a layer.
-Part = tuple[int, int | None]
 
 
 @dataclass
 class Experiment:
-    """Everything that stays the same while parts of a model are taken out."""
+    """Everything that stays the same while parts of a model are taken out.
+
+    `patterns` is what is read where the metric is a variable of a scan; `weights` is what each sequence counts in a
+    mean; `at` is True at the positions where parts are taken out, None for all.
+    """
 
     model: Any
     tokens: Int[Tensor, "batch position"]
@@ -42,6 +49,9 @@ class Experiment:
     metric: Metric
     batch_size: int
     whole_passes: str
+    weights: Float[Tensor, " batch"]
+    patterns: Patterns | None = None
+    at: Bool[Tensor, " position"] | None = None
     donors: Int[Tensor, " batch"] | None = None
     progress: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
@@ -53,8 +63,9 @@ def set_up(
     model: Any,
     tokens: Tensor | str | None,
     how: str,
-    metric: str | MetricFunction,
+    metric: str | MetricFunction | ScanMetric,
     *,
+    positions: Iterable[int] | None = None,
     batch_size: int | None,
     seed: int,
     progress: bool = False,
@@ -65,7 +76,13 @@ def set_up(
     chosen = metric_of(metric)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
-    if chosen.where is not None and not is_causal(model):
+    patterns = Patterns(metric, model) if isinstance(metric, ScanMetric) else None
+    if patterns is not None and how == "pattern-preserving":
+        raise InputError(
+            f"how is 'pattern-preserving', and metric is {chosen.name!r}, read from the patterns that it keeps as they "
+            "were: choose zero, mean or resample."
+        )
+    if patterns is None and chosen.where is not None and not is_causal(model):
         raise InputError(
             f"model attends in both directions, and metric is {chosen.name!r}, a prediction of the next token: give a "
             "causal model, or a metric of your own."
@@ -73,20 +90,53 @@ def set_up(
     task = "repeated_tokens" if tokens is None else "given"
     tokens = default_tokens(model, seed=seed) if tokens is None else tokens
     tokens, _ = check_tokens(model, encoded(model, tokens))
-    places = places_of(chosen, tokens)
+    at = None if positions is None else _marked(positions, tokens.shape[1])
+    batch_size = max(1, TOKENS // tokens.shape[1]) if batch_size is None else batch_size
+    counted, weights = _counted(chosen, patterns, tokens, batch_size)
+    donors = _cycle(len(tokens), seed) if how == "resample" else None
+    require(model, ["edit_z", *(("value_mix", "pattern_fires") if how == "pattern-preserving" else ())])
+    require(model, () if patterns is None else HeadProbe.audits)
+    why = begins_anywhere(model, progress)
+    found = Experiment(model, tokens, how, chosen, batch_size, why, weights, patterns, at, donors, progress)
+    found.facts = {"metric": chosen.name, "how": how, "task": task, "seed": seed, "sequences": len(tokens)}
+    found.facts["positions"] = counted
+    found.facts["passes"] = f"whole ({why})" if why else "from the ablated layer"
+    return found
+
+
+def _counted(
+    metric: Metric, patterns: Patterns | None, tokens: Tensor, batch_size: int
+) -> tuple[int, Float[Tensor, " batch"]]:
+    """How many positions a metric looks at, and what each sequence counts in a mean; InputError for none."""
+    if patterns is not None:
+        weights = torch.cat([patterns.weights(some) for some in tokens.split(batch_size)])
+        if not bool(weights.any()):
+            raise InputError(
+                f"tokens hold no position where {metric.name} is defined: give longer ones, or such as repeat, or "
+                "another metric."
+            )
+        return int(weights.sum()), weights
+    places = places_of(metric, tokens)
     if places is not None and not bool(places.any()):
         raise InputError(
-            f"tokens hold no position where {chosen.name} is defined (the next token being what followed the current "
+            f"tokens hold no position where {metric.name} is defined (the next token being what followed the current "
             "one before): give tokens that repeat, or another metric."
         )
-    require(model, ["edit_z", *(("value_mix", "pattern_fires") if how == "pattern-preserving" else ())])
-    why = begins_anywhere(model)
-    batch_size = max(1, TOKENS // tokens.shape[1]) if batch_size is None else batch_size
-    donors = _cycle(len(tokens), seed) if how == "resample" else None
-    found = Experiment(model, tokens, how, chosen, batch_size, why, donors, progress)
-    found.facts = {"metric": chosen.name, "how": how, "task": task, "seed": seed, "sequences": len(tokens)}
-    found.facts["positions"] = int(tokens.numel() if places is None else places.sum())
-    found.facts["passes"] = f"whole ({why})" if why else "from the ablated layer"
+    return int(tokens.numel() if places is None else places.sum()), torch.ones(len(tokens), dtype=torch.float64)
+
+
+def _marked(positions: Iterable[int], length: int) -> Bool[Tensor, " position"]:
+    """True at these positions."""
+    try:
+        wanted = [operator.index(position) for position in positions]
+    except TypeError:
+        wanted = []
+    if not wanted:
+        raise InputError(f"positions is {positions!r}: give a list of whole numbers such as [0], or None for all.")
+    if outside := [position for position in wanted if not 0 <= position < length]:
+        raise InputError(f"positions has {outside[0]}: these sequences have positions 0 to {length - 1}.")
+    found = torch.zeros(length, dtype=torch.bool)
+    found[wanted] = True
     return found
 
 
@@ -108,12 +158,13 @@ def batches(
     for start in range(0, len(tokens), experiment.batch_size):
         rows = slice(start, min(start + experiment.batch_size, len(tokens)))
         places = places_of(experiment.metric, tokens[rows])
-        clean = clean_pass(model, tokens[rows], places, mlps=mlps, patterns=preserve, also=also)
+        reader = None if experiment.patterns is None else experiment.patterns.reader(tokens[rows])
+        clean = clean_pass(model, tokens[rows], places, mlps=mlps, patterns=preserve, also=also, reader=reader)
         donor = None
         if experiment.donors is not None:
             given = tokens[experiment.donors[rows].to(tokens.device)]
             donor = clean_pass(model, given, torch.zeros_like(given, dtype=torch.bool), mlps=mlps)
-        yield rows, clean, Stand(experiment.how, clean, donor, experiment.means)
+        yield rows, clean, Stand(experiment.how, clean, donor, experiment.means, experiment.at)
 
 
 @dataclass
@@ -124,6 +175,7 @@ class Stand:
     clean: Clean
     donor: Clean | None
     means: dict[str, dict[int, Tensor]]
+    at: Bool[Tensor, " position"] | None = None
 
     def of(self, part: Part) -> Tensor:
         """What takes the place of a head's z, or of what an MLP writes; broadcasts to it."""
@@ -143,7 +195,7 @@ class Stand:
         return self.donor.streams[0] if self.donor is not None else torch.zeros_like(self.clean.streams[0][:1, :1])
 
     def without(self, parts: Iterable[Part]) -> Variant:
-        """The pass in which all these parts are replaced."""
+        """The pass in which all these parts are replaced, at the experiment's positions."""
         z: dict[int, dict[int, Tensor]] = {}
         mlp: dict[int, Tensor] = {}
         for layer, head in sorted(parts, key=str):
@@ -151,7 +203,7 @@ class Stand:
                 mlp[layer] = self.of((layer, None))
             else:
                 z.setdefault(layer, {})[head] = self.of((layer, head))
-        return Variant(z, mlp)
+        return Variant(z, mlp, None if self.at is None else self.at.to(self.clean.tokens.device))
 
 
 def _learn_means(experiment: Experiment, mlps: bool) -> None:
@@ -181,7 +233,7 @@ def run(experiment: Experiment, sets: Sequence[Iterable[Part]]) -> Float[Tensor,
     total, quiet = len(sets) * len(experiment.tokens), not experiment.progress
     with steady(experiment.model), tqdm(total=total, desc="ablate", disable=quiet, leave=False) as bar:
         for rows, clean, stand in batches(experiment, mlps=mlps):
-            found[0, rows] = measured(experiment, clean, clean.logits)
+            found[0, rows] = measured(experiment, clean, clean.outcome)
             for i, value in variants_measured(experiment, clean, [stand.without(parts) for parts in sets]):
                 found[1 + i, rows] = value
                 bar.update(len(clean.tokens))
@@ -194,19 +246,17 @@ def variants_measured(
     """The metric of each variant of a batch, with its number; an empty variant is the clean pass."""
     changed = [i for i, variant in enumerate(variants) if variant.z or variant.mlp]
     for i in sorted(set(range(len(variants))) - set(changed)):
-        yield i, measured(experiment, clean, clean.logits)
+        yield i, measured(experiment, clean, clean.outcome)
     some, rows, anywhere = [variants[i] for i in changed], experiment.batch_size, not experiment.whole_passes
-    for i, logits in outcomes(experiment.model, clean, some, rows, anywhere, experiment.how == "pattern-preserving"):
-        yield changed[i], measured(experiment, clean, logits)
+    for i, outcome in outcomes(experiment.model, clean, some, rows, anywhere, experiment.how == "pattern-preserving"):
+        yield changed[i], measured(experiment, clean, outcome)
 
 
-def measured(experiment: Experiment, clean: Clean, logits: Tensor) -> Float[Tensor, " batch"]:
-    return values_of(experiment.metric, logits, clean.tokens, clean.places).cpu()
-
-
-def all_heads(model: Any) -> list[tuple[int, int]]:
-    """Layer and number of every head."""
-    return [(layer, head) for layer in range(int(model.cfg.n_layers)) for head in range(int(model.cfg.n_heads))]
+def measured(experiment: Experiment, clean: Clean, outcome: Tensor) -> Float[Tensor, " batch"]:
+    """The metric of each sequence, from the outcome of a pass."""
+    if clean.reader is not None:
+        return outcome.double().cpu()
+    return values_of(experiment.metric, outcome, clean.tokens, clean.places).cpu()
 
 
 def interval(values: Float[Tensor, "row sequence"], over: Tensor | None = None) -> np.ndarray:

@@ -12,7 +12,7 @@ import networkx
 import xarray as xr
 from torch import Tensor
 
-from metaint.circuits.experiment import Part
+from metaint.circuits.parts import Part
 from metaint.circuits.paths import EMBEDDING, LOGITS, Node, is_head
 from metaint.measures.composition import composition, read_factor, write_factor
 from metaint.models.folded import folded_layers

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from metaint.circuits.scan_metrics import ScanMetric
 from metaint.errors import InputError
 from metaint.measures.in_context import follower
 
@@ -21,13 +22,16 @@ MetricFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Metric(NamedTuple):
-    """A metric as passes compute it: at the positions of `where`, or with None a function of all logits."""
+    """A metric as passes compute it: at the positions of `where`, or with None a function of all logits.
+
+    Without a `score` nothing is read of logits: a variable of a scan, which is read elsewhere.
+    """
 
     name: str
     # "lower" or "higher", "" where only its owner knows.
     better: str
     where: Callable[[Int[Tensor, "batch position"]], Bool[Tensor, "batch position"]] | None
-    score: MetricFunction
+    score: MetricFunction | None
 
 
 def in_context_loss(
@@ -54,17 +58,21 @@ def next_token_loss(
     return _of_all(METRICS["next_token_loss"], logits, tokens)
 
 
-def metric_of(metric: str | MetricFunction) -> Metric:
+def metric_of(metric: str | MetricFunction | ScanMetric) -> Metric:
     """A metric by name, or of the user's own: `metric(logits[batch, position, vocab], tokens) -> values[batch]`.
+
+    Or a variable of a scan, which looks at no logits.
 
     Raises InputError for a name that is none of `METRICS`.
     """
+    if isinstance(metric, ScanMetric):
+        return Metric(metric.name, "", _nowhere, None)
     if callable(metric):
         return Metric(str(getattr(metric, "__name__", "metric")), "", None, metric)
     if metric not in METRICS:
         raise InputError(
             f"metric is {metric!r}: choose one of {', '.join(METRICS)}, or give a function (logits, tokens) -> values "
-            "[batch]."
+            "[batch], or metaint.scan_metric(...)."
         )
     return METRICS[metric]
 
@@ -82,6 +90,7 @@ def values_of(
 
     Raises InputError for a function that gives anything but one number a sequence.
     """
+    assert metric.score is not None
     if places is None:
         found = metric.score(logits, tokens)
         if not isinstance(found, Tensor) or found.shape != tokens.shape[:1]:
@@ -105,6 +114,10 @@ def _predictable(tokens: Tensor) -> Tensor:
     found = torch.zeros_like(tokens, dtype=torch.bool)
     found[:, :-1] = follower(tokens)[:, :-1] == tokens[:, 1:]
     return found
+
+
+def _nowhere(tokens: Tensor) -> Tensor:
+    return torch.zeros_like(tokens, dtype=torch.bool)
 
 
 def _every(tokens: Tensor) -> Tensor:

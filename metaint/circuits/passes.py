@@ -1,9 +1,10 @@
 """Passes of a model in which heads or MLPs give something else, without running again what lies below them.
 
-In: a model, a batch, and `Variant`s, which say what stands at hook_z of heads or is written by MLPs. Out: the logits of
-each variant. A clean pass keeps the stream before every block; variants that begin at the same layer are stacked along
-the batch and start from there, the blocks below being passed over. `begins_anywhere` tells whether that gives what one
-plain pass with hooks gives; where it doesn't, each variant is such a pass.
+In: a model, a batch, and `Variant`s, which say what stands at hook_z of heads or is written by MLPs. Out: the outcome
+of each variant: its logits, or what a reader makes of its patterns. A clean pass keeps the stream before every block;
+variants that begin at the same layer are stacked along the batch and start from there, the blocks below being passed
+over. `trial.begins_anywhere` tells whether that gives what one plain pass with hooks gives; where it doesn't, each
+variant is such a pass.
 
 Blocks are passed over by giving their module another `forward` for the time of a pass. TransformerLens's own
 `start_at_layer` does not exist before 4.0 on bridges, and in 4.3 computes the blocks below all the same.
@@ -13,16 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from metaint.circuits.clean import (
     Clean,
     Hook,
-    clean_pass,
     first_input,
     keep,
     keep_copy,
@@ -33,20 +32,17 @@ from metaint.circuits.clean import (
 from metaint.models.audit import holds
 from metaint.models.describe import sublayers_of
 from metaint.models.invariants import bias_of, repeat_heads
-from metaint.models.reading import random_tokens, steady, tolerance
-
-_TOKENS = 12
-_cannot: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
 
 
 class Variant(NamedTuple):
     """What replaces hook_z of some heads, by layer and head, and what some MLPs write, by layer.
 
-    Each tensor is [batch, position, width], or broadcasts to it.
+    Each tensor is [batch, position, width], or broadcasts to it; with `at` it counts where that is True alone.
     """
 
     z: Mapping[int, Mapping[int, Tensor]] = {}
     mlp: Mapping[int, Tensor] = {}
+    at: Bool[Tensor, " position"] | None = None
 
     @property
     def start(self) -> tuple[int, bool]:
@@ -58,24 +54,25 @@ class Variant(NamedTuple):
 def outcomes(
     model: Any, clean: Clean, variants: Sequence[Variant], rows: int, anywhere: bool, preserve: bool = False
 ) -> Iterator[tuple[int, Tensor]]:
-    """The number of each variant and its logits at the clean pass's places, as `Clean.logits`, in any order.
+    """The number of each variant and its outcome, as `Clean.outcome`, in any order.
 
-    At most `rows` sequences are run at once, copies counted. `anywhere`: begin where variants begin. With `preserve`,
-    layers after the first that is changed attend as in the clean pass (Olsson et al. 2022).
+    Where a reader looks at no layer above what is changed, that is the clean pass's own. At most `rows` sequences are
+    run at once, copies counted. `anywhere`: begin where variants begin. With `preserve`, layers after the first that is
+    changed attend as in the clean pass (Olsson et al. 2022).
     """
-    if not anywhere:
-        for i, variant in enumerate(variants):
-            yield i, _plain(model, clean, variant, preserve)
-        return
-    size = max(1, rows // len(clean.tokens))
     groups: dict[tuple[int, bool], list[int]] = {}
     for i, variant in enumerate(variants):
-        groups.setdefault(variant.start, []).append(i)
+        if clean.reader is not None and variant.start[0] >= clean.reader.last:
+            yield i, clean.outcome
+        elif anywhere:
+            groups.setdefault(variant.start, []).append(i)
+        else:
+            yield i, whole_pass(model, clean, [variant], preserve)[0]
+    size = max(1, rows // len(clean.tokens))
     for start, members in groups.items():
         for begin in range(0, len(members), size):
             some = members[begin : begin + size]
-            logits = _resumed(model, clean, [variants[i] for i in some], start, preserve)
-            yield from zip(some, logits, strict=True)
+            yield from zip(some, _resumed(model, clean, [variants[i] for i in some], start, preserve), strict=True)
 
 
 def read_by_mlp(
@@ -93,63 +90,36 @@ def read_by_mlp(
     return list(written[layer].split(len(clean.tokens)))
 
 
-# ---- whether passes can begin in the middle ----------------------------------------------------------------------
-
-
-def begins_anywhere(model: Any) -> str:
-    """Why passes that begin in the middle are not used; nothing where they give what whole passes give.
-
-    Tried on a few tokens at every layer, and remembered for as long as the model lives and is in the same state.
-    """
-    if any(point._forward_hooks for point in model.hook_dict.values()):
-        return "hooks are on the model, which run as they are meant to in whole passes"
-    state = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-    known = _cannot.setdefault(model, {})
-    key = (bool(getattr(model, "compatibility_mode", False)), next(model.parameters()).dtype, state)
-    if key not in known:
-        known[key] = _try(model)
-    return known[key]
-
-
-def _try(model: Any) -> str:
-    if not holds(model, "output_sum"):
-        return "the audit does not find attention's output to be the sum of z W_O over heads"
-    layers, heads = range(int(model.cfg.n_layers)), int(model.cfg.n_heads)
-    tokens = random_tokens(model, 2, _TOKENS)
-    places = torch.zeros_like(tokens, dtype=torch.bool)
-    places[0, -1], places[1, 1:] = True, True
-    nothing = torch.zeros((), device=tokens.device, dtype=next(model.parameters()).dtype)
-    variants = [Variant({layer: {head: nothing}}) for layer in layers for head in (layer % heads, heads - 1)]
-    variants.append(Variant({layer: {heads - 1: nothing} for layer in layers}))
-    with steady(model):
-        clean = clean_pass(model, tokens, places)
-        plain = dict(outcomes(model, clean, variants, 1, anywhere=False))
-        try:
-            found = dict(outcomes(model, clean, variants, 4, anywhere=True))
-        except Exception as error:  # whatever a model makes of a pass that begins in its middle
-            return f"a pass that begins in the middle fails ({type(error).__name__}: {str(error)[:200]})"
-    for i, expected in plain.items():
-        difference = float((found[i] - expected).abs().max())
-        if not difference <= tolerance(expected.dtype) * float(torch.cat([expected, clean.logits]).abs().max()):
-            return f"a pass that begins at layer {variants[i].start[0]} gives other logits (by {difference:.3g})"
-    return ""
-
-
 # ---- one pass ----------------------------------------------------------------------------------------------------
 
 
-def _plain(model: Any, clean: Clean, variant: Variant, preserve: bool) -> Tensor:
+def whole_pass(model: Any, clean: Clean, variants: Sequence[Variant], preserve: bool = False) -> Sequence[Tensor]:
+    """The outcomes of variants in a whole pass."""
     layers = range(int(model.cfg.n_layers))
-    return logits_of(model, clean.tokens, clean.places, _hooks(clean, [variant], layers, preserve))
+    return _run(model, clean, len(variants), _hooks(clean, variants, layers, preserve), layers)
+
+
+def _run(model: Any, clean: Clean, copies: int, hooks: list[Hook], changed: range) -> Sequence[Tensor]:
+    """The outcome of each copy in a pass of stacked copies, of which these layers attend otherwise than in the clean
+    pass."""
+    tokens, reader = clean.tokens.repeat(copies, 1), clean.reader
+    places = None if clean.places is None else clean.places.repeat(copies, 1)
+    scores = [dict(clean.scores) for _ in range(copies)]
+    logits = logits_of(model, tokens, places, hooks if reader is None else [*hooks, *reader.hooks(changed, scores)])
+    return logits.split(len(logits) // copies) if reader is None else [reader.outcome(some) for some in scores]
 
 
 def _resumed(
     model: Any, clean: Clean, variants: Sequence[Variant], start: tuple[int, bool], preserve: bool
 ) -> Iterable[Tensor]:
-    """The logits of variants that all begin at `start`."""
+    """The outcomes of variants that all begin at `start`."""
     layer, in_attention = start
     copies, layers = len(variants), int(model.cfg.n_layers)
-    inside = in_attention and sublayers_of(model) == "sequential"  # the block's MLP reads what attention writes
+    stop = layers if clean.reader is None else clean.reader.last + 1
+    # The block's MLP reads what attention writes, or writes something else itself. What it wrote is never taken off the
+    # block's output instead: a norm may have followed, and where it wrote most of the stream, rounding is what is left.
+    inside = in_attention and sublayers_of(model) == "sequential"
+    inside = inside or any(layer in variant.mlp for variant in variants)
     first = layer if inside else layer + 1
     if first == layers and holds(model, "unembedding"):
         return _read_out_of(model, clean, variants, layer)
@@ -159,31 +129,18 @@ def _resumed(
             written = clean.attention[layer] + _attention_change(model, clean, variants, layer)
             stack.enter_context(_giving(model.blocks[layer].attn, written.flatten(0, 1), clean.shapes[layer][1]))
         else:
-            stream += _written_change(model, clean, variants, layer).flatten(0, 1)
-        stack.enter_context(_passed_over(model, clean, range(first)))
+            stream += _attention_change(model, clean, variants, layer).flatten(0, 1)
+        stack.enter_context(_passed_over(model, clean, [*range(first), *range(stop, layers)]))
         stack.enter_context(_reading(model.blocks[min(first, layers - 1)], stream))
         hooks = _hooks(clean, variants, range(first, layers), preserve, attended=layer)
-        places = None if clean.places is None else clean.places.repeat(copies, 1)
-        logits = logits_of(model, clean.tokens.repeat(copies, 1), places, hooks)
-    return logits.split(len(logits) // copies)
+        return _run(model, clean, copies, hooks, range(layer + 1, layers))
 
 
 def _read_out_of(model: Any, clean: Clean, variants: Sequence[Variant], layer: int) -> Iterable[Tensor]:
     """The logits of variants in which nothing is left to run but the unembedding."""
-    change = _written_change(model, clean, variants, layer, clean.places)
+    change = _attention_change(model, clean, variants, layer, clean.places)
     stream = clean.streams[layer + 1]
     return read_out(model, (stream if clean.places is None else stream[clean.places]) + change)
-
-
-def _written_change(
-    model: Any, clean: Clean, variants: Sequence[Variant], layer: int, places: Tensor | None = None
-) -> Float[Tensor, "variant *rest d_model"]:
-    """What is added to what a block gives in each variant, at places or everywhere."""
-    found = _attention_change(model, clean, variants, layer, places)
-    for i, variant in enumerate(variants):
-        if layer in variant.mlp:
-            found[i] += _at(variant.mlp[layer] - clean.mlp[layer], places)
-    return found
 
 
 def _attention_change(
@@ -210,6 +167,8 @@ def _attention_change(
             # A zero or a mean is one row, not one for each position.
             rows = new.expand(weight.shape[1]) if new.ndim < 2 else _at(new.expand_as(z[:, :, head]), places)
             change = change + rows @ weight[head] if new.ndim or bool(new) else change
+        if variant.at is not None:
+            change = change * _at(variant.at.expand(z.shape[:2]), places)[..., None]
         changes.append(change)
     return torch.stack(changes) if len(changes) > 1 else changes[0][None]
 
@@ -226,14 +185,14 @@ def _hooks(
     found: list[Hook] = []
     for layer in layers:
         kept = preserve and all(variant.start[0] < layer for variant in variants)
-        edits = [(i, head, new) for i, v in enumerate(variants) for head, new in v.z.get(layer, {}).items()]
+        edits = [(i, head, new, v.at) for i, v in enumerate(variants) for head, new in v.z.get(layer, {}).items()]
         held: dict[int, Tensor] = {}
         if kept:
             found.append((f"blocks.{layer}.attn.hook_v", partial(keep, slot=held, key=layer)))
         if layer != attended and (kept or edits):
             name = f"blocks.{layer}.attn.hook_z"
             found.append((name, partial(_edit_z, clean=clean, layer=layer, held=held, edits=edits, preserve=kept)))
-        writes = [(i, v.mlp[layer]) for i, v in enumerate(variants) if layer in v.mlp]
+        writes = [(i, v.mlp[layer], v.at) for i, v in enumerate(variants) if layer in v.mlp]
         if writes:
             found.append((f"blocks.{layer}.hook_mlp_out", partial(_edit_mlp, batch=len(clean.tokens), edits=writes)))
     return found
@@ -249,16 +208,22 @@ def _edit_z(
         value = repeat_heads(held.pop(layer), pattern.shape[1], 2)
         mixed = torch.einsum("bhqk,cbkhd->cbqhd", pattern, value.unflatten(0, (-1, batch)))
         new = mixed.flatten(0, 1).reshape(z.shape).clone()
-    for i, head, value in edits:
-        new[i * batch : (i + 1) * batch, :, head] = value.to(z.dtype)
+    for i, head, value, at in edits:
+        _put(new[i * batch : (i + 1) * batch, :, head], value, at)
     return new
 
 
 def _edit_mlp(written: Tensor, hook: Any, batch: int, edits: list[Any]) -> Tensor:
     new = written.clone()
-    for i, value in edits:
-        new[i * batch : (i + 1) * batch] = value.to(written.dtype)
+    for i, value, at in edits:
+        _put(new[i * batch : (i + 1) * batch], value, at)
     return new
+
+
+def _put(part: Float[Tensor, "batch position width"], value: Tensor, at: Bool[Tensor, " position"] | None) -> None:
+    """Write a value into a part of an activation, at these positions or everywhere."""
+    value = value.to(part.dtype)
+    part[:] = value if at is None else torch.where(at[:, None], value, part)
 
 
 @contextmanager

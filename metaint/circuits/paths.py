@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaint.circuits.clean import Clean, read_out
-from metaint.circuits.experiment import Experiment, Part, Stand, batches, measured, variants_measured
+from metaint.circuits.experiment import Experiment, Stand, batches, measured, variants_measured
+from metaint.circuits.parts import Part
 from metaint.circuits.passes import Variant, read_by_mlp
 from metaint.models.audit import holds
 from metaint.models.describe import sublayers_of

@@ -75,6 +75,11 @@ class Context:
             return (self.rank + self.mask.long())[:, self.queries].clamp(min=1).float()
         return self.mask.sum(-1, keepdim=True).clamp(min=1).expand(-1, len(self.queries)).float()
 
+    @property
+    def uniform(self) -> Float[Tensor, "batch 1 query key"]:
+        """The pattern of one head that attends evenly."""
+        return (self.visible / self.n_visible[..., None])[:, None]
+
     @cached_property
     def known_tokens(self) -> Int[Tensor, "batch key"]:
         """The token ids. Where nobody said what they are (a model fed with embeddings), no two are alike."""
@@ -114,7 +119,8 @@ class Tile:
         """Sum over keys of the squared weights, in [1/n, 1]."""
         if "walked" in self.__dict__:
             return self.walked["sum_squares"]
-        return torch.linalg.vector_norm(self.pattern, dim=-1, dtype=torch.float32).square()
+        wide = torch.float64 if self.pattern.dtype == torch.float64 else torch.float32  # which can't be narrowed
+        return torch.linalg.vector_norm(self.pattern, dim=-1, dtype=wide).float().square()
 
     @cached_property
     def walked(self) -> dict[str, Float[Tensor, "*tau batch head query"]]:

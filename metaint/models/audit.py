@@ -60,7 +60,12 @@ _WEIGHTS = {
     "final_norm": _Check("ln_final.hook_scale is the norm of the last hook_resid_post", invariants.final_norm),
     "unembedding": _Check("ln_final and W_U make the logits of the last hook_resid_post", invariants.unembedding),
 }
-_EDITS = {"edit_pattern": "hook_pattern", "edit_z": "hook_z", "edit_value": "hook_v"}
+_EDITS = {
+    "edit_pattern": "attn.hook_pattern",
+    "edit_z": "attn.hook_z",
+    "edit_value": "attn.hook_v",
+    "edit_mlp": "hook_mlp_out",
+}
 CHECKS = (*_ATTENTION, *_WEIGHTS, *_EDITS)
 
 _ATTENTION_HOOKS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k")
@@ -87,7 +92,7 @@ def audit(model: Any, refresh: bool = False) -> pandas.DataFrame:
     `difference`, the largest absolute difference found, or NaN (for the edits: the smallest change of the
     logits that an edit at one layer made); `where`, the hook or weight it was found at; `note`, one sentence.
 
-    Five forward passes of a few tokens, remembered for as long as the model lives and is in the same state
+    Six forward passes of a few tokens, remembered for as long as the model lives and is in the same state
     (compatibility mode, dtype); `refresh=True` runs them again. Raises ModelError if a forward pass fails.
     """
     findings = [finding for part in _PARTS for finding in _findings(model, part, refresh)]
@@ -179,8 +184,8 @@ def _try_edits(model: Any, name: str) -> Finding:
     """
     n_layers, hook = int(model.cfg.n_layers), _EDITS[name]
     tokens = random_tokens(model, 1, TOKENS).repeat(n_layers + 2, 1)
-    change = _other_pattern if hook == "hook_pattern" else _other_values
-    edits = {f"blocks.{layer}.attn.{hook}": _edit_row(change, layer + 1) for layer in range(n_layers)}
+    change = _other_pattern if name == "edit_pattern" else _other_values
+    edits = {f"blocks.{layer}.{hook}": _edit_row(change, layer + 1) for layer in range(n_layers)}
     try:
         logits = logits_after(model, tokens, edits)
     except Unavailable as missing:
@@ -188,10 +193,10 @@ def _try_edits(model: Any, name: str) -> Finding:
     effects = (logits[1:] - logits[:1]).abs().flatten(1).amax(1).tolist()
     noise = max(10 * effects.pop(), torch.finfo(logits.dtype).eps * float(logits[0].abs().max()))
     effect, weakest = min((effect, layer) for layer, effect in enumerate(effects))
-    where = f"blocks.{weakest}.attn.{hook}"
+    where, short = f"blocks.{weakest}.{hook}", hook.removeprefix("attn.")
     if effect > noise:
-        return Finding(name, "holds", effect, where, _sentence(f"an edit at {hook} changes the logits"))
-    return Finding(name, "fails", effect, where, _sentence(f"an edit at {hook} should change the logits"))
+        return Finding(name, "holds", effect, where, _sentence(f"an edit at {short} changes the logits"))
+    return Finding(name, "fails", effect, where, _sentence(f"an edit at {short} should change the logits"))
 
 
 def _edit_row(change: Edit, row: int) -> Edit:

@@ -105,24 +105,31 @@ class HeadProbe(Probe):
         tile = Tile(pattern, plan.context)
         sums, counts, uniform = self.sums[-1], self.counts[-1], self.uniform[-1]
         n_kinds, full = len(self.kinds), sums.dtype
-        values, defined = self._statistics(tile)
-        # Before anything is added. Not above 0 is NaN, or what HookedTransformer makes of a row of NaN: zeros.
-        if not bool((tile.sum_squares > 0).mT[plan.context.counted].all()):
-            raise ActivationError(
-                f"blocks.{layer}.attn.hook_pattern holds NaN or infinity: the weights or the activations before it "
-                "overflow (try a wider dtype), or a sequence has no visible key."
-            )
+        added, defined = self.row_sums(plan, tile, full)
+        check_rows(tile, layer)  # before anything is added
+        sums[:, :, layer] += added
+        counts[:, :, layer] += defined
         if self.statistics:
-            sums[:, n_kinds:, layer] += values.sum(-1, dtype=full).transpose(0, 1)
-            counts[:, n_kinds:, layer] += defined.sum(-1).mT
             uniform[:, n_kinds:, layer] += plan.uniform_statistics(self, full)
         if self.kinds:
-            sums[:, :n_kinds, layer] += plan.weight_on_targets(pattern, full)
-            counts[:, :n_kinds, layer] += plan.defined.to(full)
             uniform[:, :n_kinds, layer] += plan.uniform_kinds.to(full)
             mean, variance = shuffled(tile, plan.matches)
             self.null_mean[:, layer] += mean.sum(1, dtype=full)
             self.null_variance[:, layer] += variance.sum(1, dtype=full)
+
+    def row_sums(
+        self, plan: "Plan", tile: Tile, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "batch slot head"], Float[Tensor, "batch slot"]]:
+        """What each measure sums to over the queries of each sequence, and for how many of them it is defined."""
+        sums, counts = [], []
+        if self.kinds:
+            sums.append(plan.weight_on_targets(tile.pattern, dtype))
+            counts.append(plan.defined.to(dtype))
+        if self.statistics:
+            values, defined = self._statistics(tile)
+            sums.append(values.sum(-1, dtype=dtype).transpose(0, 1))
+            counts.append(defined.sum(-1).mT.to(dtype))
+        return torch.cat(sums, 1), torch.cat(counts, 1)
 
     def _statistics(self, tile: Tile) -> tuple[Float[Tensor, "slot b head q"], Bool[Tensor, "slot b q"]]:
         """Every statistic of every row, 0 where it is not defined, and where it is."""
@@ -170,6 +177,15 @@ class HeadProbe(Probe):
         sequences = sum(len(block) for block in self.sums)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences)
         return data
+
+
+def check_rows(tile: Tile, layer: int) -> None:
+    """Raises ActivationError where a row is no number: not above 0 is NaN, or what HookedTransformer makes of it: 0."""
+    if not bool((tile.sum_squares > 0).mT[tile.context.counted].all()):
+        raise ActivationError(
+            f"blocks.{layer}.attn.hook_pattern holds NaN or infinity: the weights or the activations before it "
+            "overflow (try a wider dtype), or a sequence has no visible key."
+        )
 
 
 def summarise(
@@ -231,9 +247,7 @@ class Plan:
     def uniform_statistics(self, probe: HeadProbe, dtype: torch.dtype) -> Float[Tensor, "batch slot"]:
         """What the statistics of uniform attention sum to: computed on a pattern of one uniform head, once."""
         if "_uniform" not in self.__dict__:
-            visible = self.context.visible
-            pattern = (visible / self.context.n_visible[..., None])[:, None]
-            values, _ = probe._statistics(Tile(pattern, self.context))
+            values, _ = probe._statistics(Tile(self.context.uniform, self.context))
             self.__dict__["_uniform"] = values[:, :, 0].sum(-1, dtype=dtype).mT
         return self.__dict__["_uniform"]
 

@@ -1,21 +1,31 @@
 """`ablate` against the plain loop of one pass a head, and on a model whose circuit is known."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import metaint
 from metaint.circuits.ablation import ablate
+from metaint.circuits.experiment import _cycle
 from metaint.circuits.metrics import in_context_loss, next_token_loss
 from metaint.errors import HookAuditError, InputError
+from metaint.models.describe import sublayers_of
+from metaint.models.small import small_transformer
 from metaint.tasks import repeated_tokens
 from tests.builders import available_kinds, build
 from tests.circuits.planted import circuit_model, traces, written_model
+from tests.circuits.test_passes import shared
 from tests.models.handmade import HandMade
 from tests.planted import VOCAB
 
 TOKENS = repeated_tokens(96, 8, batch=5, ids=(5, 95), seed=1)
-NAMES = ("effect", "effect_low", "effect_high")
+CHOICES = (
+    'heads from "0.0" to "1.3", "attn 0" to "attn 1", "mlp 0" to "mlp 1", or "heads", "mlps" or "attns" for all of a '
+    "kind"
+)
 
 
 def loop(model, tokens, metric, stand, sets):
@@ -71,6 +81,141 @@ def test_every_head_like_the_plain_loop(any_model, how):
     np.testing.assert_allclose(together["set_effect"].sel(set="both"), expected[-1].mean(), atol=1e-5)
     np.testing.assert_allclose(together["effect"].sel(layer=0, head=1), expected[1].mean(), atol=1e-5)
     assert int(together["effect"].notnull().sum()) == 1
+
+
+# ---- parts and positions -----------------------------------------------------------------------------------------
+
+
+def every_part(model):
+    """Names of some heads, of all MLPs and all layers, with what each stands for."""
+    heads = [f"{i}.{j}" for i in range(model.cfg.n_layers) for j in (0, model.cfg.n_heads - 1)]
+    mlps = [f"mlp {i}" for i in range(model.cfg.n_layers) if sublayers_of(model) != "attention"]
+    return [*heads, *mlps, *(f"attn {i}" for i in range(model.cfg.n_layers))]
+
+
+def edited_hooks(model, names, stand, positions=None, patterns=None):
+    """Plain hooks that put what stands for each part in its place, at positions or everywhere.
+
+    `stand(name)` gives what replaces hook_z [batch, position, head, d_head] or hook_mlp_out. With clean `patterns`,
+    layers above the first edit attend as those tell.
+    """
+    edits = {}
+    for name in names:
+        kind, layer = name.split() if " " in name else ("head", name.split(".")[0])
+        at = f"blocks.{layer}.hook_mlp_out" if kind == "mlp" else f"blocks.{layer}.attn.hook_z"
+        which = {"mlp": (), "attn": (slice(None),), "head": (int(name.split(".")[-1]) if kind == "head" else 0,)}[kind]
+        edits.setdefault(at, []).append((slice(None), slice(None) if positions is None else positions, *which))
+    first, values, hooks = min(int(name.split(".")[1]) for name in edits), {}, []
+    if patterns is not None:
+        for layer in range(first + 1, model.cfg.n_layers):
+            hooks.append((f"blocks.{layer}.attn.hook_v", partial(keep, into=values, key=layer)))
+            edits.setdefault(f"blocks.{layer}.attn.hook_z", [])
+
+    def edit(activation, hook, name):
+        new, layer = activation.clone(), int(name.split(".")[1])
+        if name.endswith("hook_z") and layer in values:
+            group = model.cfg.n_heads // values[layer].shape[2]
+            new = torch.einsum("bhqk,bkhd->bqhd", patterns[layer], values[layer].repeat_interleave(group, 2)).clone()
+        for there in edits[name]:
+            new[there] = torch.as_tensor(stand(name)).expand_as(activation)[there]
+        return new
+
+    return [*hooks, *((name, partial(edit, name=name)) for name in edits)]
+
+
+def keep(activation, hook, into, key):
+    into[key] = activation.clone()
+
+
+def activations(model, tokens, *hooks):
+    """What these hooks of each layer carry."""
+    kept = {}
+    names = [f"blocks.{i}.{name}" for i in range(model.cfg.n_layers) for name in hooks]
+    with torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=[(name, partial(keep, into=kept, key=name)) for name in names])
+    return kept
+
+
+def stands(model, tokens, how, donors):
+    """What stands at a hook, from plain passes; and the clean patterns where they are kept."""
+    mlps = () if sublayers_of(model) == "attention" else ("hook_mlp_out",)
+    clean = activations(model, tokens, "attn.hook_z", "attn.hook_pattern", *mlps)
+    if how == "mean":
+        return (lambda name: clean[name].mean((0, 1))), None
+    if how == "resample":
+        return (lambda name: clean[name][donors]), None
+    kept = {i: clean[f"blocks.{i}.attn.hook_pattern"] for i in range(model.cfg.n_layers)}
+    return (lambda name: 0.0), (kept if how == "pattern-preserving" else None)
+
+
+def last_logit(logits, tokens):
+    """For models of both directions too, and touched by every position."""
+    return logits[:, :, 7].mean(1)
+
+
+@pytest.mark.parametrize("positions", [None, [0], [3, 9]], ids=["everywhere", "first", "two"])
+@pytest.mark.parametrize("how", ["zero", "mean", "resample", "pattern-preserving"])
+@pytest.mark.parametrize("kind", [*available_kinds(), "pre", "output", "post", "parallel"])
+def test_every_part_at_positions_like_a_plain_pass(kind, how, positions):
+    """Grouped queries, parallel blocks, norms that follow what an MLP writes, both directions: by run_with_hooks."""
+    model = shared(kind)
+    tokens = TOKENS % model.cfg.d_vocab
+    donors = _cycle(len(TOKENS), 3).tolist()
+    stand, patterns = stands(model, tokens, how, donors)
+    names = every_part(model)
+    sets = {"mixed": [names[1], names[-1], *(name for name in names if name.startswith("mlp"))]}
+    found = ablate(model, tokens, names, how, last_logit, positions=positions, sets=sets, batch_size=7, seed=3)
+    with torch.no_grad():
+        clean = last_logit(model(tokens), tokens)
+        expected = {}
+        for name, some in {**{name: [name] for name in names}, **sets}.items():
+            hooks = edited_hooks(model, some, stand, positions, patterns)
+            expected[name] = float((last_logit(model.run_with_hooks(tokens, fwd_hooks=hooks), tokens) - clean).mean())
+    largest = max(abs(value) for value in expected.values())
+    assert largest > 1e-3
+    for name, value in expected.items():
+        assert effect_of(found, name) == pytest.approx(value, abs=2e-5 * max(1, largest))
+    assert found.attrs["ablated_positions"] == (positions or "all")
+
+
+def effect_of(found, name):
+    if name == "mixed":
+        return float(found["set_effect"].sel(set=name))
+    if " " in name:
+        kind, layer = name.split()
+        return float(found[f"{kind}_effect"].sel(layer=int(layer)))
+    layer, head = map(int, name.split("."))
+    return float(found["effect"].sel(layer=layer, head=head))
+
+
+def test_families_and_variables_of_what_was_asked_for(gpt2):
+    """All of a kind by one word, in the list or alone; only what was asked for has a variable, heads always."""
+    mlps = ablate(gpt2, TOKENS, "mlps", metric="next_token_loss")
+    assert mlps["mlp_effect"].notnull().all()
+    assert mlps["effect"].isnull().all()
+    assert "attn_effect" not in mlps
+    assert mlps["mlp_effect_low"].dims == ("layer",)
+    some = ablate(gpt2, TOKENS, ["mlps", "0.1", "attn 1", "0.1"], metric="next_token_loss", sets={"all": "heads"})
+    xr.testing.assert_allclose(some["mlp_effect"], mlps["mlp_effect"], atol=1e-6)
+    assert int(some["effect"].notnull().sum()) == 1
+    assert some["attn_effect"].isnull().values.tolist() == [True, False]
+    every = ablate(gpt2, TOKENS, ["heads"], metric="next_token_loss")
+    xr.testing.assert_allclose(every["effect"], ablate(gpt2, TOKENS, metric="next_token_loss")["effect"], atol=1e-6)
+    both = ablate(gpt2, TOKENS, metric="next_token_loss", sets=[[f"{i}.{j}" for i in range(2) for j in range(4)]])
+    np.testing.assert_allclose(some["set_effect"], both["set_effect"], atol=1e-6)
+
+
+def test_nothing_before_a_position_hears_of_it(gpt2):
+    """Exactly: the loss of tokens before the position is that of the clean pass."""
+
+    def early(logits, tokens):
+        return logits[:, :5].square().sum((1, 2))
+
+    found = ablate(gpt2, TOKENS, ["0.1", "mlp 0", "attn 0"], metric=early, positions=[5])
+    names = ("effect", "mlp_effect", "attn_effect")
+    assert [float(found[name].max()) for name in names] == [0, 0, 0]
+    found = ablate(gpt2, TOKENS, ["0.1", "mlp 0", "attn 0"], metric=early, positions=[4])
+    assert all(float(abs(found[name]).max()) > 0.01 for name in names)
 
 
 def test_resampled_heads_are_another_sequences(gpt2):
@@ -221,9 +366,19 @@ def test_bert_is_refused_in_a_sentence():
     ("arguments", "sentence"),
     [
         ({"how": "noise"}, "how is 'noise': choose one of zero, mean, resample, pattern-preserving."),
-        ({"heads": ["2.0"]}, "head is '2.0': name one from 0.0 to 1.3."),
-        ({"heads": "0.1"}, 'heads is \'0.1\': give a list of names such as ["5.1", "5.5"], or None for every head.'),
-        ({"sets": {"none": []}}, 'sets has [] for \'none\': give each as a list of heads, such as ["0.1", "5.1"].'),
+        ({"parts": ["2.0"]}, f"parts has '2.0': name {CHOICES}."),
+        ({"parts": ["mlp 2"]}, f"parts has 'mlp 2': name {CHOICES}."),
+        ({"sets": [["0.1", "attn two"]]}, f"sets has 'attn two': name {CHOICES}."),
+        ({"positions": [3, 16]}, "positions has 16: these sequences have positions 0 to 15."),
+        ({"positions": [-1]}, "positions has -1: these sequences have positions 0 to 15."),
+        ({"positions": 0}, "positions is 0: give a list of whole numbers such as [0], or None for all."),
+        ({"positions": [0.5]}, "positions is [0.5]: give a list of whole numbers such as [0], or None for all."),
+        (
+            {"parts": "0.1"},
+            'parts is \'0.1\': give a list of names such as ["5.1", "mlp 3"], "heads", "mlps" or "attns" for all of a '
+            "kind, or None for every head.",
+        ),
+        ({"sets": {"none": []}}, 'sets has [] for \'none\': give each as a list of names such as ["0.1", "mlp 5"].'),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1."),
         (
             {"tokens": TOKENS[:1], "how": "resample"},
@@ -240,6 +395,32 @@ def test_bad_input(gpt2, arguments, sentence):
     with pytest.raises(InputError) as error:
         ablate(gpt2, **{"tokens": TOKENS, **arguments})
     assert str(error.value) == sentence
+
+
+def test_a_model_without_mlps_has_none_to_ablate():
+    with pytest.raises(InputError) as error:
+        ablate(circuit_model(), TOKENS, "mlps")
+    assert str(error.value) == (
+        'parts has \'mlps\': name heads from "0.0" to "1.7", "attn 0" to "attn 1", or "heads" or "attns" for all of a '
+        "kind (the model has no MLPs)."
+    )
+
+
+def test_edits_of_mlps_that_do_nothing_are_refused():
+    """A block that goes on with its MLP's output as it was before the hook."""
+    model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=96, n_ctx=32)
+    block = model.blocks[1]
+
+    def forward(stream, attention_mask):
+        middle = stream + block.attn(block.ln1(stream), attention_mask)
+        written = block.mlp(block.ln2(middle))
+        block.hook_mlp_out(written.clone())
+        return middle + written
+
+    block.forward = forward
+    ablate(model, TOKENS, ["1.0"])
+    with pytest.raises(HookAuditError, match=r"edit_mlp fails at blocks\.1\.hook_mlp_out"):
+        ablate(model, TOKENS, ["mlp 0"])
 
 
 def test_edits_that_do_nothing_are_refused():

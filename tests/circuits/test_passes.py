@@ -8,7 +8,8 @@ import torch
 
 from metaint.circuits import passes
 from metaint.circuits.clean import clean_pass
-from metaint.circuits.passes import Variant, begins_anywhere, outcomes, read_by_mlp
+from metaint.circuits.passes import Variant, outcomes, read_by_mlp
+from metaint.circuits.trial import begins_anywhere
 from metaint.models.audit import holds
 from metaint.models.describe import sublayers_of
 from metaint.models.memory_transformer import memory_transformer
@@ -239,5 +240,6 @@ def test_a_model_that_will_not_be_stacked_is_found_out():
         if len(args[0]) > 2:
             raise ValueError("too many sequences")
 
+    holds(model, "edit_mlp")  # before it refuses
     model.embed.register_forward_pre_hook(refuse)
     assert begins_anywhere(model) == "a pass that begins in the middle fails (ValueError: too many sequences)"

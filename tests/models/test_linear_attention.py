@@ -231,7 +231,12 @@ def test_edits_take_effect_and_leave_no_trace(name: str, hook: str) -> None:
 
 
 STATUSES = {
-    "linear": {"pattern_rows": "fails", "pattern_from_scores": "fails", "final_norm": "unavailable"},
+    "linear": {
+        "pattern_rows": "fails",
+        "pattern_from_scores": "fails",
+        "final_norm": "unavailable",
+        "edit_mlp": "unavailable",
+    },
     "transformer": {},
 }
 STATUSES["released"] = STATUSES["linear"]

@@ -10,6 +10,7 @@ import metaint
 from metaint.errors import ActivationError, HookAuditError, InputError
 from metaint.measures import attention
 from metaint.models.describe import shape_of
+from metaint.tasks import repeated_tokens
 from tests.builders import available_kinds, build
 from tests.measures import plain
 
@@ -342,3 +343,12 @@ def test_a_model_without_patterns_is_refused(gpt2):
 def test_attach_needs_a_probe(gpt2):
     with pytest.raises(InputError, match="probes is empty"), metaint.attach(gpt2):
         pass
+
+
+def test_kinds_alone_in_double_precision():
+    """Whose sums of squares nothing else has walked over."""
+    model = build("gpt2") if "gpt2" in available_kinds() else build(available_kinds()[0])
+    tokens = repeated_tokens(96, 8, batch=2, ids=(5, 95))
+    expected = metaint.scan(model, tokens, [metaint.HeadProbe(["first_token"])])["heads"]["first_token"]
+    found = metaint.scan(model.double(), tokens, [metaint.HeadProbe(["first_token"])])["heads"]["first_token"]
+    assert found.values == pytest.approx(expected.values, abs=1e-6)

@@ -1,0 +1,187 @@
+"""A variable of a scan as a metric: where heads look, or how, while a part of the model is taken out.
+
+In: the name of a measure of `/heads`, and the heads over which it is averaged. Out: one value for each sequence, read
+at hook_pattern of each pass with the very code by which `HeadProbe` reads it.
+"""
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metaint.errors import InputError
+from metaint.measures.attention import HEAD_MEASURES, Measure
+from metaint.measures.tile import TAUS, Context, Tile
+from metaint.models.describe import is_causal
+from metaint.models.invariants import pattern_hook
+from metaint.models.memory import head_of
+from metaint.probes.heads import HeadProbe, Plan, check_rows
+from metaint.probes.probe import Hook, quietly
+from metaint.probes.stream import precise
+
+
+@dataclass(frozen=True)
+class ScanMetric:
+    """What `scan_metric` gives: a measure and the heads that it is averaged over."""
+
+    measure: Measure
+    layers: tuple[int, ...] | None = None
+    heads: tuple[str, ...] | None = None
+    tau: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The measure and where it is read, such as "first_token of layers 18 to 29"."""
+        measure = self.measure.name if self.tau is None else f"{self.measure.name} (tau {self.tau:g})"
+        if self.heads is not None:
+            return f"{measure} of {', '.join(self.heads)}"
+        if self.layers is None:
+            return f"{measure} of all heads"
+        first, last = self.layers[0], self.layers[-1]
+        if len(self.layers) > 2 and self.layers == tuple(range(first, last + 1)):
+            return f"{measure} of layers {first} to {last}"
+        return f"{measure} of {'layer' if first == last else 'layers'} {', '.join(map(str, self.layers))}"
+
+
+def scan_metric(
+    variable: str | Measure,
+    *,
+    layers: Iterable[int] | None = None,
+    heads: Sequence[str] | None = None,
+    tau: float | None = None,
+) -> ScanMetric:
+    """A variable of `/heads`, as the `metric` of `ablate` and `check_circuit`: its mean over heads.
+
+    - `variable`: a measure's name, such as "first_token" or "entropy", or a measure made with `@metaint.kind` or
+      `@metaint.statistic`; in the variable's own units.
+    - `layers`: all heads of these layers; `heads`: these alone, such as "5.1"; neither: every head.
+    - `tau`: which tolerance, for the variables that have several (`tied_keys` and its like).
+
+    A sequence counts as often as it has queries for which the variable is defined, as in a scan, so that `clean` of
+    `ablate` is the scan's variable averaged over the heads (`sink_rate`: each sequence counts once). No prediction is
+    looked at: no logits are made, and a model that attends in both directions will do.
+
+    Raises InputError for a variable that `/heads` hasn't (lengths of the stream among them), for both `layers` and
+    `heads`, and for `tau` where the variable has none.
+
+    >>> import metaint
+    >>> metaint.scan_metric("first_token", layers=range(18, 30)).name
+    'first_token of layers 18 to 29'
+    """
+    measure = _measure(variable)
+    if layers is not None and heads is not None:
+        raise InputError("layers and heads are both given: give one of them, or neither for every head.")
+    if isinstance(heads, str) or (heads is not None and not heads):
+        raise InputError(f'heads is {heads!r}: give a list of names such as ["5.1", "5.5"], or leave it out.')
+    if measure.per_tau and tau not in TAUS:
+        raise InputError(f"tau is {tau}: give one of {', '.join(map(str, TAUS))}, for which {measure.name} is counted.")
+    if tau is not None and not measure.per_tau:
+        raise InputError(f"tau is {tau}, which {measure.name} has no use for: leave it out.")
+    chosen = None if layers is None else _layers(layers)
+    return ScanMetric(measure, chosen, None if heads is None else tuple(dict.fromkeys(heads)), tau)
+
+
+def _measure(variable: str | Measure) -> Measure:
+    if isinstance(variable, Measure):
+        return variable
+    known = {measure.name: measure for measure in HEAD_MEASURES}
+    if variable not in known:
+        raise InputError(
+            f"variable is {variable!r}: choose a measure of /heads ({', '.join(known)}), or give one made with "
+            "@metaint.kind or @metaint.statistic."
+        )
+    return known[variable]
+
+
+def _layers(layers: Iterable[int]) -> tuple[int, ...]:
+    try:
+        found = tuple(sorted({int(layer) for layer in layers}))
+    except (TypeError, ValueError):
+        found = ()
+    if not found:
+        raise InputError(f"layers is {layers!r}: give the numbers of layers, such as range(18, 30), or leave it out.")
+    return found
+
+
+class Patterns:
+    """A scan metric on one model: which heads of which layers are read, and what a sequence counts."""
+
+    def __init__(self, metric: ScanMetric, model: Any) -> None:
+        self.probe = HeadProbe([metric.measure])
+        self.measure = metric.measure
+        self.slot = 0 if metric.tau is None else TAUS.index(metric.tau)
+        self.causal = is_causal(model)
+        self.heads = _heads(metric, model)
+
+    @property
+    def last(self) -> int:
+        """The last layer that is read."""
+        return max(self.heads)
+
+    def reader(self, tokens: Int[Tensor, "batch position"]) -> "Reader":
+        return Reader(self, Plan.of(self.probe.kinds, Context.whole(tokens, causal=self.causal)))
+
+    def weights(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, " batch"]:
+        """What each sequence counts in a mean: its queries for which the variable is defined, on the CPU."""
+        plan = self.reader(tokens).plan
+        sums, counts = self.probe.row_sums(plan, Tile(plan.context.uniform, plan.context), precise(tokens.device))
+        if self.measure.per_sequence is None:
+            return counts[:, self.slot].double().cpu()
+        return (~self.scores(sums, counts)[:, self.slot, 0].isnan()).double().cpu()
+
+    def scores(
+        self, sums: Float[Tensor, "batch slot head"], counts: Float[Tensor, "batch slot"]
+    ) -> Float[Tensor, "batch slot head"]:
+        """The variable of each sequence."""
+        every = counts[..., None].expand_as(sums)
+        return sums / every if self.measure.per_sequence is None else self.measure.per_sequence(sums, every)
+
+
+def _heads(metric: ScanMetric, model: Any) -> dict[int, list[int]]:
+    n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
+    if metric.heads is not None:
+        found: dict[int, list[int]] = {}
+        for layer, head in sorted(head_of(model, name) for name in metric.heads):
+            found.setdefault(layer, []).append(head)
+        return found
+    layers = range(n_layers) if metric.layers is None else metric.layers
+    if outside := [layer for layer in layers if not 0 <= layer < n_layers]:
+        raise InputError(f"layers of the metric have {outside[0]}: this model's are 0 to {n_layers - 1}.")
+    return {layer: list(range(n_heads)) for layer in layers}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A scan metric on one batch: hooks that read it, and what they read as one value for each sequence."""
+
+    patterns: Patterns
+    plan: Plan
+
+    @property
+    def last(self) -> int:
+        return self.patterns.last
+
+    def hooks(self, layers: Container[int], copies: Sequence[dict[int, Tensor]]) -> list[Hook]:
+        """Hooks on those of the layers that are read, in a pass of the batch stacked once for each of `copies`.
+
+        Each takes the score of each sequence and head [batch, head] by layer.
+        """
+        read = [layer for layer in self.patterns.heads if layer in layers]
+        return [(pattern_hook(layer), partial(self._read, layer=layer, copies=copies)) for layer in read]
+
+    def _read(self, pattern: Tensor, hook: Any, layer: int, copies: Sequence[dict[int, Tensor]]) -> None:
+        patterns, dtype = self.patterns, precise(pattern.device)
+        with quietly(pattern.device.type):
+            for rows, scores in zip(pattern.detach().chunk(len(copies)), copies, strict=True):
+                tile = Tile(rows, self.plan.context)
+                found = patterns.scores(*patterns.probe.row_sums(self.plan, tile, dtype))
+                check_rows(tile, layer)
+                scores[layer] = found[:, patterns.slot, patterns.heads[layer]]
+
+    def outcome(self, scores: Mapping[int, Float[Tensor, "batch head"]]) -> Float[Tensor, " batch"]:
+        """The mean over heads, for each sequence."""
+        return torch.cat([scores[layer] for layer in self.patterns.heads], 1).mean(1)
