@@ -56,7 +56,7 @@ def edges_by_definition(cfg):
     return [*edges, *(f"{writer}->logits" for writer in stream)], [*stream, "logits"]
 
 
-@pytest.mark.parametrize("kind", ["planted", *({"gpt2", "neox", "native-gqa"} & set(available_kinds()))])
+@pytest.mark.parametrize("kind", ["planted", *sorted({"gpt2", "neox", "native-gqa"} & set(available_kinds()))])
 def test_importances_list_the_whole_model(kind, planted):
     graph = planted if kind == "planted" else with_mlps(kind)
     found = json.loads(json.dumps(importances(graph), allow_nan=False))
