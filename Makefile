@@ -55,6 +55,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/bigram.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/real.py
 
 # TransformerLens 3.9: HookedTransformer and the bridge side by side.
 .venv-tl3/installed: pyproject.toml constraints-tl3.txt
