@@ -18,7 +18,7 @@ from metaint.circuits.metrics import MetricFunction
 from metaint.circuits.parts import Named, chosen_parts, named_sets
 from metaint.circuits.scan_metrics import ScanMetric
 from metaint.models.audit import require
-from metaint.models.describe import facts_of
+from metaint.models.describe import check_open, facts_of
 
 # A mean and the interval around it.
 _ENDS = ("", "_low", "_high")
@@ -85,6 +85,7 @@ def ablate(
     >>> found["mlp_effect"].dims, found["effect"].dims, found.attrs["ablated_positions"]
     (('layer',), ('layer', 'head'), [0])
     """
+    check_open(model)
     chosen, named = chosen_parts(model, parts, sets), named_sets(model, sets)
     options = {"batch_size": batch_size, "seed": seed, "progress": progress}
     experiment = set_up(model, tokens, how, metric, positions=positions, **options)
