@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 
 def toy(heads: int = 1) -> Any:
-    from metaint.models.toy import boot_toy
+    from metaint.toys.embedded import boot_toy
 
     shape = {"n_layers": 2, "n_heads": heads, "d_model": 128, "d_head": 128 // heads, "n_ctx": 128, "d_vocab": 65}
     model = boot_toy(shape)

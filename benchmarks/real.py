@@ -45,7 +45,7 @@ class Step(NamedTuple):
 def steps_of(name: str, text: Path) -> list[Step]:
     """Everything that is timed, forward passes first; each call runs once."""
     import metaint
-    from metaint.scanning import text_tokens
+    from metaint.scanning.scan import text_tokens
 
     model = metaint.open_model(name, device="cpu")
     plain = reference(name)
@@ -64,7 +64,7 @@ def steps_of(name: str, text: Path) -> list[Step]:
     command = [
         sys.executable,
         "-c",
-        "from metaint.cli import main; main()",
+        "from metaint.shell.main import main; main()",
         "scan",
         name,
         *COMMAND,

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
         ModelError,
         StoreError,
     )
-    from metaint.labels import label_heads
     from metaint.measures.measure import kind, statistic
     from metaint.models.audit import audit
     from metaint.models.memory import key_composition_recall, ov_recall, previous_position_recall
@@ -47,23 +46,24 @@ if TYPE_CHECKING:
     from metaint.probes.residual import ResidualProbe
     from metaint.probes.saturation import SaturationProbe
     from metaint.probes.weights import WeightProbe
-    from metaint.recording import Recorder, read_recording
-    from metaint.recurring import recur
-    from metaint.saturating import saturate
-    from metaint.scanning import attach, read_cache, scan
-    from metaint.store import load, save
-    from metaint.views.attention import show_attention, show_tokens
-    from metaint.views.circuit import show_circuit
-    from metaint.views.export import save_tables, tables_of
-    from metaint.views.export_headvis import save_headvis
-    from metaint.views.heads import plot_heads
-    from metaint.views.inner import plot_inner
-    from metaint.views.memory import plot_memory
-    from metaint.views.recurrence import plot_recurrence
-    from metaint.views.residual import plot_residual
-    from metaint.views.saturation import plot_saturation
-    from metaint.views.training import plot_training
-    from metaint.views.weights import plot_weights
+    from metaint.scanning.recorder import Recorder, read_recording
+    from metaint.scanning.recur import recur
+    from metaint.scanning.saturate import saturate
+    from metaint.scanning.scan import attach, read_cache, scan
+    from metaint.scans.labels import label_heads
+    from metaint.scans.store import load, save
+    from metaint.views.attention.patterns import show_attention, show_tokens
+    from metaint.views.circuit.graph import show_circuit
+    from metaint.views.export.headvis import save_headvis
+    from metaint.views.export.tables import save_tables, tables_of
+    from metaint.views.groups.heads import plot_heads
+    from metaint.views.groups.inner import plot_inner
+    from metaint.views.groups.memory import plot_memory
+    from metaint.views.groups.recurrence import plot_recurrence
+    from metaint.views.groups.residual import plot_residual
+    from metaint.views.groups.saturation import plot_saturation
+    from metaint.views.groups.training import plot_training
+    from metaint.views.groups.weights import plot_weights
 
 _HOMES = {
     "metaint.circuits.ablation": ("ablate",),
@@ -74,7 +74,7 @@ _HOMES = {
     "metaint.errors": (
         "ActivationError", "HookAuditError", "InputError", "MetaintError", "ModelError", "StoreError",
     ),
-    "metaint.labels": ("label_heads",),
+    "metaint.scans.labels": ("label_heads",),
     "metaint.measures.measure": ("kind", "statistic"),
     "metaint.models.audit": ("audit",),
     "metaint.models.memory": ("key_composition_recall", "ov_recall", "previous_position_recall"),
@@ -88,23 +88,23 @@ _HOMES = {
     "metaint.probes.residual": ("ResidualProbe",),
     "metaint.probes.saturation": ("SaturationProbe",),
     "metaint.probes.weights": ("WeightProbe",),
-    "metaint.recording": ("Recorder", "read_recording"),
-    "metaint.recurring": ("recur",),
-    "metaint.saturating": ("saturate",),
-    "metaint.scanning": ("attach", "read_cache", "scan"),
-    "metaint.store": ("load", "save"),
-    "metaint.views.attention": ("show_attention", "show_tokens"),
-    "metaint.views.circuit": ("show_circuit",),
-    "metaint.views.export": ("save_tables", "tables_of"),
-    "metaint.views.export_headvis": ("save_headvis",),
-    "metaint.views.heads": ("plot_heads",),
-    "metaint.views.inner": ("plot_inner",),
-    "metaint.views.memory": ("plot_memory",),
-    "metaint.views.recurrence": ("plot_recurrence",),
-    "metaint.views.residual": ("plot_residual",),
-    "metaint.views.saturation": ("plot_saturation",),
-    "metaint.views.training": ("plot_training",),
-    "metaint.views.weights": ("plot_weights",),
+    "metaint.scanning.recorder": ("Recorder", "read_recording"),
+    "metaint.scanning.recur": ("recur",),
+    "metaint.scanning.saturate": ("saturate",),
+    "metaint.scanning.scan": ("attach", "read_cache", "scan"),
+    "metaint.scans.store": ("load", "save"),
+    "metaint.views.attention.patterns": ("show_attention", "show_tokens"),
+    "metaint.views.circuit.graph": ("show_circuit",),
+    "metaint.views.export.tables": ("save_tables", "tables_of"),
+    "metaint.views.export.headvis": ("save_headvis",),
+    "metaint.views.groups.heads": ("plot_heads",),
+    "metaint.views.groups.inner": ("plot_inner",),
+    "metaint.views.groups.memory": ("plot_memory",),
+    "metaint.views.groups.recurrence": ("plot_recurrence",),
+    "metaint.views.groups.residual": ("plot_residual",),
+    "metaint.views.groups.saturation": ("plot_saturation",),
+    "metaint.views.groups.training": ("plot_training",),
+    "metaint.views.groups.weights": ("plot_weights",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _ROOMS = ("measures", "tasks")
@@ -114,7 +114,7 @@ __all__ = sorted([*_HOME, *_ROOMS, "__version__"])  # pyright: ignore[reportUnsu
 def _add_accessor() -> None:
     """`scan.metaint`, as soon as there is an xarray that could hold a scan; loading one only for this would cost."""
     if "xarray" in sys.modules:
-        import_module("metaint.accessor")
+        import_module("metaint.views.accessor")
 
 
 _add_accessor()

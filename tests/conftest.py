@@ -86,7 +86,7 @@ def smollm2():
 @pytest.fixture
 def run(monkeypatch, capsys):
     """The `metaint` command as a function: exit status, stdout, stderr."""
-    from metaint import cli
+    from metaint.shell import main as cli
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["metaint", *map(str, arguments)])

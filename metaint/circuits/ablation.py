@@ -78,7 +78,7 @@ def ablate(
     values don't make z.
 
     >>> import metaint, torch
-    >>> from metaint.models.small import small_transformer
+    >>> from metaint.toys.small import small_transformer
     >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
     >>> sink = metaint.scan_metric("first_token", layers=[1])
     >>> found = metaint.ablate(model, torch.arange(20).view(2, 10), ["mlp 0", "0.1"], metric=sink, positions=[0])

@@ -20,10 +20,10 @@ from metaint.circuits.metrics import MetricFunction
 from metaint.circuits.parts import Part, all_heads
 from metaint.circuits.paths import EMBEDDING, LOGITS, Node, Path, Wiring, cut, has_mlps, is_head, wiring_of, writers_of
 from metaint.errors import InputError
-from metaint.labels import heads_of, label_heads
 from metaint.models.describe import facts_of, is_causal, sublayers_of
 from metaint.models.reading import Unavailable
-from metaint.scanning import scan as scan_model
+from metaint.scanning.scan import scan as scan_model
+from metaint.scans.labels import heads_of, label_heads
 
 # The label of the heads that a circuit is traced around, and the metric.
 TARGETS = {

@@ -28,7 +28,7 @@ from metaint.models.describe import is_causal
 from metaint.models.reading import steady
 from metaint.models.tokens import check_tokens, encoded
 from metaint.probes.heads import HeadProbe
-from metaint.scanning import default_tokens
+from metaint.scanning.scan import default_tokens
 
 HOW = ("zero", "mean", "resample", "pattern-preserving")
 # Tokens that are run at once by default: enough to keep a CPU busy, and few enough for its caches and for logits.

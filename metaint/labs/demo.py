@@ -14,18 +14,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from metaint.errors import ModelError
-from metaint.labels import label_heads, telling_heads
-from metaint.labs.birth_training import Training, restore, train
+from metaint.labs.birth.training import Training, restore, train
 from metaint.models.open import open_model
-from metaint.models.toy import save_toy, toy_of
-from metaint.scanning import default_tokens, scan, text_tokens
-from metaint.store import save
+from metaint.scanning.scan import default_tokens, scan, text_tokens
+from metaint.scans.labels import label_heads, telling_heads
+from metaint.scans.store import save
 from metaint.tasks import bigram
 from metaint.tasks.text import fold_prose
-from metaint.views.attention import show_attention
+from metaint.toys.embedded import save_toy, toy_of
+from metaint.views.attention.patterns import show_attention
+from metaint.views.drawing.view import View
+from metaint.views.groups.tables import print_births, print_scan, print_telling
 from metaint.views.report import write_report
-from metaint.views.tables import print_births, print_scan, print_telling
-from metaint.views.view import View
 
 # Most characters are triggers in turn: with the paper's 5 the head learns the frequent ones alone. None may be its
 # own output, which would end a sequence in one repeated character.

@@ -24,11 +24,11 @@ from metaint.models.fresh import fresh_model
 from metaint.models.tokens import starts_with_bos
 from metaint.probes.inner import InnerProbe
 from metaint.probes.residual import ResidualProbe
-from metaint.scanning import scan
-from metaint.store import save, write_text
+from metaint.scanning.scan import scan
+from metaint.scans.store import save, write_text
 from metaint.tasks import bigram
 from metaint.tasks.text import fold_prose, python_prose
-from metaint.views.tables import number, plain_table
+from metaint.views.groups.tables import number, plain_table
 
 CONDITIONS = ("trained", "random initialisation", "shuffled tokens")
 # A first-order prediction within a factor of two of what happened is called one that holds.
@@ -207,9 +207,9 @@ def run(console: Console, model: Any, tokens: Tensor, out: Path, title: str, **a
 
     Raises StoreError if the folder can't be written.
     """
-    from metaint.views.inner import plot_inner
-    from metaint.views.page import write_page
-    from metaint.views.residual import plot_residual
+    from metaint.views.drawing.page import write_page
+    from metaint.views.groups.inner import plot_inner
+    from metaint.views.groups.residual import plot_residual
 
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,7 @@ def _where(name: str) -> Callable[[str | None, torch.dtype], Any] | None:
 
 
 def _open_toy(device: str | None, dtype: torch.dtype) -> Any:
-    from metaint.models.toy import load_toy
+    from metaint.toys.embedded import load_toy
 
     return load_toy(device=device, dtype=dtype)
 

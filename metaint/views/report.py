@@ -14,20 +14,20 @@ import xarray as xr
 from plotly import graph_objects as go
 
 from metaint.errors import InputError, StoreError
-from metaint.labels import label_heads
-from metaint.recording import read_recording
-from metaint.store import load, write_text
-from metaint.views.heads import plot_heads
-from metaint.views.inner import plot_inner
-from metaint.views.memory import plot_memory
-from metaint.views.page import document, figure_html
-from metaint.views.recurrence import recurrence_figures
-from metaint.views.residual import plot_residual
-from metaint.views.saturation import saturation_figures
-from metaint.views.tables import number
-from metaint.views.training import drawn_groups, plot_training
-from metaint.views.view import View
-from metaint.views.weights import plot_weights
+from metaint.scanning.recorder import read_recording
+from metaint.scans.labels import label_heads
+from metaint.scans.store import load, write_text
+from metaint.views.drawing.page import document, figure_html
+from metaint.views.drawing.view import View
+from metaint.views.groups.heads import plot_heads
+from metaint.views.groups.inner import plot_inner
+from metaint.views.groups.memory import plot_memory
+from metaint.views.groups.recurrence import recurrence_figures
+from metaint.views.groups.residual import plot_residual
+from metaint.views.groups.saturation import saturation_figures
+from metaint.views.groups.tables import number
+from metaint.views.groups.training import drawn_groups, plot_training
+from metaint.views.groups.weights import plot_weights
 
 Figures = dict[str, go.Figure]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from metaint.views.view import View
+from metaint.views.drawing.view import View
 
 
 @pytest.fixture(scope="session")

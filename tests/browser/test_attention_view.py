@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from metaint.views import attention, canvas
-from metaint.views.attention import show_attention, show_tokens
-from metaint.views.canvas import attention_canvas, canvas_script
-from metaint.views.view import View
-from tests.views.test_canvas import HOSTILE, patterns
+from metaint.views.attention import canvas
+from metaint.views.attention import patterns as attention
+from metaint.views.attention.canvas import attention_canvas, canvas_script
+from metaint.views.attention.patterns import show_attention, show_tokens
+from metaint.views.drawing.view import View
+from tests.views.attention.test_canvas import HOSTILE, patterns
 
 needs_circuitsvis = pytest.mark.skipif(attention._bundle() is None, reason="circuitsvis is not installed")
 PLOT, READ = ".metaint-attention .large canvas", ".metaint-attention output"

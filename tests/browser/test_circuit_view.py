@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from metaint.views.circuit import show_circuit
-from tests.views.circuits import CIRCUITS, add_head, empty, of_gpt2, small
-from tests.views.test_canvas import HOSTILE
-from tests.views.test_circuit import hostile
+from metaint.views.circuit.graph import show_circuit
+from tests.views.attention.test_canvas import HOSTILE
+from tests.views.circuit.circuits import CIRCUITS, add_head, empty, of_gpt2, small
+from tests.views.circuit.test_graph import hostile
 
 TOKENS = torch.arange(5, 29)
 PANEL = ".metaint-circuit .panel"

@@ -4,9 +4,9 @@ import pytest
 
 CELLS = """import metaint, plotly, torch
 plotly.io.renderers.default = "notebook"  # or the exporter, which draws no figures itself, leaves them out
-from metaint.models.toy import boot_toy
-from metaint.views.attention import show_attention, show_tokens
-from metaint.views.heads import plot_heads
+from metaint.toys.embedded import boot_toy
+from metaint.views.attention.patterns import show_attention, show_tokens
+from metaint.views.groups.heads import plot_heads
 shape = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "n_ctx": 32, "d_vocab": 20}
 model = boot_toy(shape, device="cpu")
 tokens = torch.randint(20, (4, 16), generator=torch.Generator().manual_seed(0))

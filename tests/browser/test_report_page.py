@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import metaint
-from tests.views.circuits import of_gpt2
-from tests.views.test_heads import planted
+from tests.views.circuit.circuits import of_gpt2
+from tests.views.groups.test_heads import planted
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from metaint.models.memory_transformer import memory_transformer, write_induction_head
+from metaint.toys.memory_transformer import memory_transformer, write_induction_head
 from tests.planted import D_HEAD, D_MODEL, N_HEADS, TOKEN, VOCAB, planted_model
 
 CIRCUIT = ("0.0", "1.0")

@@ -13,8 +13,8 @@ from metaint.circuits.experiment import _cycle
 from metaint.circuits.metrics import in_context_loss, next_token_loss
 from metaint.errors import HookAuditError, InputError
 from metaint.models.describe import sublayers_of
-from metaint.models.small import small_transformer
 from metaint.tasks import repeated_tokens
+from metaint.toys.small import small_transformer
 from tests.builders import available_kinds, build
 from tests.circuits.planted import circuit_model, traces, written_model
 from tests.circuits.test_passes import shared

@@ -13,9 +13,9 @@ from metaint.circuits.paths import has_mlps
 from metaint.errors import InputError
 from metaint.measures.composition import composition, read_factor, write_factor
 from metaint.models.folded import folded_weights
-from metaint.models.memory_transformer import memory_transformer
 from metaint.models.reading import Unavailable
 from metaint.tasks import bigram, repeated_tokens
+from metaint.toys.memory_transformer import memory_transformer
 from tests.builders import available_kinds, build
 from tests.circuits.planted import circuit_model, own_choice, traces, written_model
 from tests.planted import D_HEAD, VOCAB
@@ -89,7 +89,7 @@ def test_the_papers_model():
 
 @pytest.mark.slow
 def test_the_papers_model_trained():
-    from metaint.labs.birth_training import held_out_sample, train
+    from metaint.labs.birth.training import held_out_sample, train
 
     text = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnop "), 6000))
     task = bigram(text, trigger_count=12, no_repeat=True)

@@ -12,9 +12,9 @@ from metaint.circuits.passes import Variant, outcomes, read_by_mlp
 from metaint.circuits.trial import begins_anywhere
 from metaint.models.audit import holds
 from metaint.models.describe import sublayers_of
-from metaint.models.memory_transformer import memory_transformer
 from metaint.models.reading import steady
-from metaint.models.small import small_transformer
+from metaint.toys.memory_transformer import memory_transformer
+from metaint.toys.small import small_transformer
 from tests.builders import available_kinds, build
 from tests.circuits.planted import traces
 from tests.models.handmade import HandMade

@@ -11,8 +11,8 @@ from metaint.circuits.metrics import next_token_loss
 from metaint.circuits.paths import COMPONENTS, EMBEDDING, LOGITS, Path, cut, has_mlps, wiring_of, writers_of
 from metaint.models.describe import sublayers_of
 from metaint.models.reading import Unavailable
-from metaint.models.small import small_transformer
 from metaint.tasks import repeated_tokens
+from metaint.toys.small import small_transformer
 from tests.builders import available_kinds, build
 from tests.circuits.planted import circuit_model, traces, written_model
 from tests.circuits.test_passes import SIZES, randomised

@@ -13,8 +13,8 @@ from metaint.errors import ActivationError, InputError
 from metaint.measures.attention import HEAD_MEASURES
 from metaint.measures.tile import TAUS
 from metaint.models.describe import is_causal, sublayers_of
-from metaint.models.small import small_transformer
 from metaint.tasks import repeated_tokens
+from metaint.toys.small import small_transformer
 from tests.builders import available_kinds, build
 from tests.circuits.planted import traces
 from tests.circuits.test_passes import shared
@@ -318,7 +318,7 @@ def test_it_is_exported():
 @pytest.mark.real
 def test_what_the_attention_sink_of_a_real_model_rests_on(smollm2):
     """MLP 11 at position 0, and nowhere else: what layers 18 to 29 look at when they look at nothing."""
-    from metaint.scanning import text_tokens
+    from metaint.scanning.scan import text_tokens
 
     tokens = text_tokens(smollm2, metaint.tasks.python_prose(), length=48, windows=4)
     sink = scan_metric("first_token", layers=range(18, 30))

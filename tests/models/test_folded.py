@@ -5,7 +5,7 @@ import torch
 
 from metaint.models.folded import FoldedWeights, folded_layers, folded_weights, normalised
 from metaint.models.reading import Unavailable, random_tokens, read, untouched
-from metaint.models.small import small_transformer
+from metaint.toys.small import small_transformer
 from tests.builders import _randomise, available_kinds, build
 from tests.models.handmade import HandMade
 

@@ -240,7 +240,7 @@ def test_switches_stay_on(kind, switch):
 @pytest.mark.skipif("native-attn-only" not in available_kinds(), reason="the toy needs boot_native")
 @torch.no_grad()
 def test_the_toy(tmp_path):
-    from metaint.models.toy import boot_toy, load_toy, save_toy
+    from metaint.toys.embedded import boot_toy, load_toy, save_toy
 
     shape = {"n_layers": 2, "n_heads": 1, "d_model": 64, "d_head": 64, "n_ctx": 16, "d_vocab": 4}
     toy = load_toy(save_toy(boot_toy(shape), ["a", "b", " ", "\n"], {"accuracy": 0.9}, tmp_path)).eval()

@@ -183,7 +183,7 @@ def test_another_process_that_was_faster(package, conversions, monkeypatch, tmp_
         (tmp_path / "theirs").rename(folder)
         raise StoreError(f"{what} could not be written to {path} (Directory not empty).")
 
-    monkeypatch.setattr("metaint.store.whole_folder", too_late)
+    monkeypatch.setattr("metaint.scans.store.whole_folder", too_late)
     assert opened().cfg.n_layers == 2
     assert len(conversions) == 2
 

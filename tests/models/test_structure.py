@@ -6,8 +6,8 @@ import torch
 
 from metaint.errors import InputError
 from metaint.measures import recurrence
-from metaint.models.diagonal_attention import diagonal_attention, orthogonal_minimum, unitary_minimum
 from metaint.models.structure import structure
+from metaint.toys.diagonal_attention import diagonal_attention, orthogonal_minimum, unitary_minimum
 from tests.builders import available_kinds, build
 
 CAUSAL = [kind for kind in available_kinds() if kind != "bert"]

@@ -5,10 +5,10 @@ import torch
 import metaint
 from metaint.errors import HookAuditError, InputError
 from metaint.measures import in_context
-from metaint.models.linear_attention import linear_attention
 from metaint.models.memory import Memories
-from metaint.models.memory_transformer import memory_transformer, write_induction_head
 from metaint.probes.memory import _BEHAVIOUR, DESCRIPTIONS, MemoryProbe
+from metaint.toys.linear_attention import linear_attention
+from metaint.toys.memory_transformer import memory_transformer, write_induction_head
 from tests.builders import available_kinds, build
 
 ATTENTION_ONLY = next(kind for kind in ("native-attn-only", "hooked-attn-only") if kind in available_kinds())

@@ -12,9 +12,9 @@ with install_import_hook(["metaint.measures.recurrence", "metaint.measures.autor
     from metaint.measures import autoregression, recurrence
 import metaint
 from metaint.errors import ActivationError, InputError
-from metaint.models.linear_attention import gradient_step
 from metaint.probes.recurrence import Descent, RecurrenceProbe, tuned_descents
 from metaint.tasks import autoregressive
+from metaint.toys.linear_attention import gradient_step
 from tests.probes.test_inner import assert_same
 
 D, LENGTH, BATCH = 3, 6, 12

@@ -12,9 +12,9 @@ from plotly import graph_objects as go
 
 import metaint
 from metaint.errors import InputError
-from metaint.models.linear_attention import gradient_step
 from metaint.tasks import autoregressive
-from metaint.views.streams import PROBES, kind_of
+from metaint.toys.linear_attention import gradient_step
+from metaint.views.groups.streams import PROBES, kind_of
 
 GROUPS = [*PROBES, "recurrence"]
 COMPARED = ("residual", "inner", "recurrence")

@@ -10,9 +10,9 @@ import xarray as xr
 import metaint
 from metaint.errors import InputError, StoreError
 from metaint.views.report import SOURCES, figures_of, labelled_heads, open_scan, write_report
-from tests.views.circuits import of_gpt2
-from tests.views.test_birth import recording as birth_recording
-from tests.views.test_heads import planted
+from tests.labs.birth.test_figures import recording as birth_recording
+from tests.views.circuit.circuits import of_gpt2
+from tests.views.groups.test_heads import planted
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 PROBES = ("HeadProbe", "ResidualProbe", "InnerProbe", "SaturationProbe", "WeightProbe")

@@ -1,0 +1,281 @@
+"""Recording over training: a scan every so often along a `step` dimension, in a Zarr store that survives a kill.
+
+In: the loop's own calls, a `transformers.Trainer`, or a loop that can't be edited. Out: `read_recording(path)`.
+How records lie in the store, and why a kill does them no harm, is in `records.py`.
+"""
+
+import hashlib
+import json
+import math
+import operator
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from metaint.errors import InputError, StoreError
+from metaint.models.describe import facts_of
+from metaint.models.tokens import check_tokens, encoded
+from metaint.probes.probe import Probe
+from metaint.scanning.record_store import append, create, groups_of, layout_of, root_of, trim, with_step, writing
+from metaint.scanning.scan import default_tokens, scan
+
+# What must be the same to go on with a recording; the device and the versions may change.
+_SAME = ("model", "weights", "dtype", "n_layers", "n_heads", "attention", "seed", "tokens_sha256", "probes")
+
+
+class Recorder:
+    """Scans a model while it is trained: call it with the step after each optimiser step.
+
+    `every` is a number of steps, the steps themselves, or a function of the step; `probes` are reset before each
+    record; `tokens`, `batch_size`, `seed` and `attributes` are those of `metaint.scan`, and the tokens stay the same.
+    Scans run in evaluation mode, without gradients and autocast, and leave modes and random states as they were.
+    `path` must not exist, unless `resume` goes on after its last whole record. `last` is the last scan made. Where
+    several processes train, only one may record.
+
+    Raises InputError for arguments that don't fit, or another model, tokens or probes than those at `path`;
+    StoreError if something is in the way at `path`, damaged, or can't be written.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        probes: Sequence[Probe],
+        *,
+        every: int | Iterable[int] | Callable[[int], bool],
+        path: str | Path,
+        tokens: Tensor | str | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+        attributes: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        self._model, self._probes, self._path = model, list(probes), Path(path)
+        if not self._probes:
+            raise InputError("probes is empty: pass at least one, such as [metaint.HeadProbe()].")
+        self._wanted = _chooser(every)
+        task = "repeated_tokens" if tokens is None else "given"
+        tokens = default_tokens(model, seed=seed) if tokens is None else tokens
+        tokens = check_tokens(model, encoded(model, tokens))[0].clone()
+        digest = hashlib.sha256(tokens.long().cpu().numpy().tobytes()).hexdigest()[:16]
+        facts = {"task": task, "tokens_sha256": digest, "probes": sorted(probe.group for probe in self._probes)}
+        facts = json.loads(json.dumps({**facts, **(attributes or {})}, default=str))
+        options = {"batch_size": batch_size, "seed": seed, "attributes": facts}
+        self._scan = partial(scan, model, tokens, self._probes, **options)
+        self.last: xr.DataTree | None = None
+        self._steps: list[int] = []
+        self._layout: dict[str, Any] = {}  # of every record
+        with writing(self._path):  # told now rather than after hours of training
+            if self._path.exists():
+                self._open(resume, {**facts_of(model), "seed": seed, **facts})
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._step = max(self._steps, default=0)
+        self._found = max(self._steps, default=-math.inf)
+
+    @property
+    def steps(self) -> list[int]:
+        """The recorded steps, those found by `resume` among them."""
+        return list(self._steps)
+
+    def __call__(self, step: int, **scalars: float | Tensor) -> xr.DataTree | None:
+        """Record if `every` asks for this step; `scalars` (loss=...) go to `/training`. Returns the scan, or None.
+
+        A scalar may come and go: where it was not given it is NaN. Raises InputError for a step that isn't above the
+        last recorded one, what `scan` raises, and StoreError, with the records before intact, if it can't be written.
+        """
+        step = _integer(step, "step")
+        if self._steps and step <= self._steps[-1]:
+            raise InputError(
+                f"step is {step}, and step {self._steps[-1]} is already recorded in {self._path}: steps must rise, "
+                "so call the recorder for later steps alone."
+            )
+        self._step = step
+        if not self._wanted(step):
+            return None
+        training = xr.Dataset({name: _number(name, value) for name, value in scalars.items()})
+        for probe in self._probes:
+            probe.reset()
+        with _undisturbed(self._model):
+            found = self._scan()
+        groups = {name: group.to_dataset() for name, group in found.children.items()} | {"training": training}
+        self._write({name: with_step(data, step) for name, data in groups.items()}, found.attrs)
+        self._steps.append(step)
+        self.last = found
+        return found
+
+    @contextmanager
+    def following(self, start: int | None = None) -> Iterator["Recorder"]:
+        """Count and record the optimiser steps that train this model inside the `with` block, whoever takes them.
+
+        Step `start` (default: the last this recorder was called with or resumed from, else 0) is recorded on the way
+        in; steps that `resume` has found are passed over. Of several optimisers at once, the first to step counts.
+        `/training` gets the `loss` of the last forward pass that returned one to be trained on.
+        """
+        step, counted, loss = self._step if start is None else _integer(start, "start"), set[int](), {}
+
+        def after_forward(module: Any, args: Any, output: Any) -> None:
+            found = getattr(output, "loss", output)
+            if isinstance(found, Tensor) and found.ndim == 0 and found.requires_grad:
+                loss["loss"] = found.detach()
+
+        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            nonlocal step
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]} & _parameters(self._model)
+            counted.update(held if not counted else ())  # the first optimiser's; a later loop's holds some of them
+            if held & counted:
+                step += 1
+                self._advance(step, loss)
+
+        handles = [self._model.register_forward_hook(after_forward), register_optimizer_step_post_hook(after_step)]
+        try:
+            self._advance(step, loss)
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def as_callback(self) -> Any:
+        """A `transformers.TrainerCallback` for a Trainer of the model that a bridge wraps, `bridge.original_model`.
+
+        It records when training begins and after each step, in the main process, with the loss that was logged last;
+        steps that `resume` has found (the Trainer may go on from an older checkpoint) are passed over. Raises
+        InputError when the Trainer begins to train another model.
+        """
+        from transformers import TrainerCallback
+
+        recorder = self
+
+        class RecorderCallback(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if not _parameters(kwargs["model"]) & _parameters(recorder._model):
+                    raise InputError(
+                        "the Trainer trains another model than the recorder scans: give the recorder a bridge, "
+                        "and the Trainer its bridge.original_model."
+                    )
+                self.on_step_end(args, state, control)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.is_world_process_zero:
+                    logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
+                    recorder._advance(state.global_step, {"loss": logged[-1]} if logged else {})
+
+        return RecorderCallback()
+
+    def _advance(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Record for a loop that can't be told which steps are there already, or that begins where the last ended."""
+        self._step = step
+        if step > self._found and self._steps[-1:] != [step]:
+            self(step, **scalars)
+
+    def _open(self, resume: bool, here: Mapping[str, Any]) -> None:
+        """Go on with the store at `path`: drop what a kill left of a torn record, and learn how records look."""
+        if not resume:
+            raise StoreError(f"{self._path} exists: give another path, or resume=True to go on with a recording there.")
+        there = root_of(self._path)["attributes"]
+        for name in _SAME:
+            if there.get(name) != here[name]:
+                raise InputError(
+                    f"path is {self._path}, a recording with {name} {there.get(name)!r}, and this recorder has "
+                    f"{here[name]!r}: resume with the same model, tokens and probes, or give another path."
+                )
+        groups = groups_of(self._path, there["records"])
+        self._layout, self._steps = layout_of(groups), groups["training"]["step"].values.tolist()
+        trim(self._path, len(self._steps))
+
+    def _write(self, groups: dict[str, xr.Dataset], attributes: Mapping[Any, Any]) -> None:
+        """Add a record to the store, which the first one makes; what fails halfway is undone."""
+        layout = layout_of(groups)
+        with writing(self._path):
+            if not self._layout:
+                create(self._path, groups, attributes)
+                self._layout = layout
+                return
+            for name in {**self._layout, **layout}:
+                if self._layout.get(name) != layout.get(name):
+                    raise InputError(
+                        f"the scan's {name} has another shape or other labels than the records in {self._path}: "
+                        "go on with the same model, tokens and probes, or give another path."
+                    )
+            try:
+                append(self._path, groups, len(self._steps))
+            except BaseException:
+                with suppress(Exception):  # so that metaint.load finds it whole again too
+                    trim(self._path, len(self._steps))
+                raise
+
+
+def read_recording(path: str | Path) -> xr.DataTree:
+    """The whole records of a recording, finished or not, as `step` before each variable's own dimensions.
+
+    Coordinates that never changed have no `step`, as after `xarray.concat`. Raises StoreError if the path is missing,
+    not a recording, or damaged.
+    """
+    attributes = root_of(Path(path))["attributes"]
+    groups = groups_of(Path(path), attributes["records"])
+    for name, data in groups.items():
+        first = data.isel(step=0, drop=True).variables
+        still = [n for n in first if n in data.coords and first[n].broadcast_equals(data.variables[n])]
+        groups[name] = data.assign_coords({n: first[n] for n in still})
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), **groups})
+
+
+# What a recorder takes, and what it gives back to the loop.
+
+
+def _chooser(every: Any) -> Callable[[int], bool]:
+    if callable(every):
+        return lambda step: bool(every(step))
+    if isinstance(every, Integral) and int(every) >= 1:
+        return lambda step: step % int(every) == 0
+    if isinstance(every, Iterable) and not isinstance(every, str):
+        steps = {_integer(step, "a step in every") for step in every}
+        if steps:
+            return steps.__contains__
+    raise InputError(f"every is {every!r}: give a number of steps above 0, a list of steps, or a function of the step.")
+
+
+def _integer(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} is {value!r}: it must be an integer.") from None
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if name.isidentifier():  # it becomes a folder's name
+            return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
+        pass
+    raise InputError(
+        f"the scalar {name} is a {type(value).__name__}: give one number under a plain name, as in loss=2."
+    )
+
+
+def _parameters(model: Any) -> set[int]:
+    roots = (model, getattr(model, "original_model", None))
+    return {id(parameter) for root in roots if root is not None for parameter in root.parameters()}
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """The random states of torch, NumPy and Python come back; autocast is off, whose cache would lose gradients."""
+    devices, python, numpy = {p.device for p in model.parameters()}, random.getstate(), np.random.get_state()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
+            for kind in {device.type for device in devices}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,54 @@
+"""The command that traces a circuit and tests it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metaint.shell.common import Checkpoint, Device, Dtype, Model, Revision, check, check_page, console, open_model
+
+
+def trace(
+    model: Model,
+    target: Annotated[str, typer.Option(help="induction, previous-token or averaging.")] = "induction",
+    how: Annotated[str, typer.Option(help="What stands in for an ablated part: mean, zero or resample.")] = "mean",
+    threshold: Annotated[float, typer.Option(help="Least share, of what all heads bring, of a part.")] = 0.02,
+    random: Annotated[int, typer.Option(help="Random circuits to compare with.")] = 50,
+    text: Annotated[Path | None, typer.Option(help="Read windows of this text; else repeated random tokens.")] = None,
+    length: Annotated[int, typer.Option(help="Window length for --text, in tokens.")] = 128,
+    tokens: Annotated[int, typer.Option(help="About how many tokens to read in all.")] = 2000,
+    revision: Revision = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of tokens and of random circuits.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Save the circuit: .graphml, or .json in the format of MIB.")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Draw the circuit on this HTML page.")] = None,
+) -> None:
+    """Trace MODEL's circuit for TARGET: ablate every head and path, and test what is found against random circuits."""
+    check_page(figures)
+    check(out is None or out.suffix in (".graphml", ".json"), f"--out is {out}: end it in .graphml or .json.")
+    check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
+    from metaint.tasks import read_text
+
+    prose = read_text(text) if text is not None else None
+    opened = open_model(model, revision, checkpoint, device, dtype)
+    import metaint
+    from metaint.scanning.scan import default_tokens, text_tokens
+    from metaint.views.circuit.table import print_circuit
+
+    if prose is None:
+        batch = default_tokens(opened, batch=max(2, tokens // 100), seed=seed)
+    else:
+        batch = text_tokens(opened, prose, length, max(2, tokens // length), seed=seed)
+    options = {"how": how, "threshold": threshold, "random": random, "seed": seed, "progress": sys.stderr.isatty()}
+    circuit = metaint.trace_circuit(opened, batch, target=target, **options)
+    circuit.graph["task"] = "repeated_tokens" if text is None else "text"
+    print_circuit(console(), circuit)
+    if out is not None:
+        console().print(f"saved to {metaint.save_circuit(circuit, out)}")
+    if figures is not None:
+        console().print(f"saved to {metaint.show_circuit(circuit, opened, batch[0]).save(figures)}")

@@ -1,0 +1,293 @@
+"""The `metaint` command: demo, scan, trace, report, export, audit, lab. Bad input: one sentence, exit status 2."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from metaint.errors import InputError, MetaintError
+from metaint.shell.circuits import trace
+from metaint.shell.common import (
+    Checkpoint,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    check,
+    check_page,
+    console,
+    open_model,
+    quieten,
+)
+from metaint.shell.files import export, report
+from metaint.shell.labs import lab
+
+app = typer.Typer(
+    help="Read a transformer through its TransformerLens hooks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+app.add_typer(lab, name="lab")
+
+
+_PROBES = {
+    "heads": "HeadProbe",
+    "residual": "ResidualProbe",
+    "inner": "InnerProbe",
+    "saturation": "SaturationProbe",
+    "memory": "MemoryProbe",
+    "weights": "WeightProbe",
+}
+
+
+def main() -> None:
+    """Run the command; the family's own errors become one sentence and status 2."""
+    try:
+        app()
+    except MetaintError as error:
+        print(f"metaint: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def scan(
+    model: Model,
+    probes: Annotated[str, typer.Option(help=f"Joined by commas: {', '.join(_PROBES)}; one pass feeds all.")] = "heads",
+    text: Annotated[Path | None, typer.Option(help="Read windows of this text.")] = None,
+    repeat: Annotated[
+        int | None, typer.Option(help="Read random tokens, this many, repeated twice (default 50).")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Window length for --text, in tokens.")] = 128,
+    tokens: Annotated[int, typer.Option(help="About how many tokens to read in all.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 8,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Begin with the model's BOS; by default as it was trained."),
+    ] = None,
+    revision: Revision = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens or of the choice of windows.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Save the scan as a Zarr folder.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write every figure of the scan to this HTML page.")] = None,
+    sort: Annotated[str | None, typer.Option(help="Score to sort the table by.")] = None,
+    top: Annotated[int | None, typer.Option(help="Print only this many heads; 0 for all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Score and label every head of MODEL; with --probes, read its stream, losses, saturation and weights too."""
+    chosen = _probe_names(probes)
+    check_page(figures)
+    check(not as_csv or len(chosen) == 1, f"--csv holds one table, and --probes asks for {probes}: choose one.")
+    check("heads" in chosen or (sort is None and top is None), "--sort and --top are for heads: add it to --probes.")
+    check(text is None or repeat is None, "--text and --repeat were both given: choose one input.")
+    check(not (as_json and as_csv), "--json and --csv were both given: choose one format.")
+    check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
+    check(repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated.")
+    check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
+    from metaint.tasks import read_text
+    from metaint.views.groups.tables import SCORES
+
+    check(sort is None or sort in SCORES, f"--sort is {sort!r}: choose one of {', '.join(SCORES)}.")
+    prose = read_text(text) if text is not None else None
+    opened = open_model(model, revision, checkpoint, device, dtype)
+    import metaint
+    from metaint import scan
+    from metaint.scanning.scan import default_tokens, text_tokens
+
+    if prose is not None:
+        source = {"task": "text", "source": str(text)}
+        batch = text_tokens(opened, prose, length, max(1, tokens // length), seed=seed, bos=bos)
+    else:
+        block = repeat or 50
+        source = {"task": "repeated_tokens"}
+        batch = default_tokens(opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None)
+    readers = [getattr(metaint, _PROBES[name])() for name in chosen]
+    found = scan(
+        opened, batch, readers, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), attributes=source
+    )
+    _keep(found, out, figures)
+    if as_json or as_csv:
+        print(_as_text(found, chosen, as_json))
+    else:
+        terminal = console()
+        facts = found.attrs
+        terminal.print(
+            f"{facts['model']}: {facts['n_layers']} layers x {facts['n_heads']} heads, {facts['weights']} weights, "
+            f"{facts['dtype']}; {batch.shape[0]} sequences of {batch.shape[1]} tokens ({source['task']}"
+            f"{', with BOS' if facts['bos'] else ''}, seed {seed})\n"
+        )
+        _print_groups(terminal, found, chosen, sort, top)
+        for path in (out, figures):
+            if path is not None:
+                terminal.print(f"saved to {path}")
+
+
+@app.command()
+def saturate(
+    model: Model,
+    mode: Annotated[
+        str, typer.Option(help="Scale the attention scores, or all-params (Merrill et al. 2021).")
+    ] = "scores",
+    scales: Annotated[str, typer.Option(help="Factors, joined by commas; inf for scores alone.")] = "",
+    faithful: Annotated[
+        bool, typer.Option("--faithful", help="With all-params: the published script's mask and counts too.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="Read windows of this text; else repeated random tokens.")] = None,
+    length: Annotated[int, typer.Option(help="Window length for --text, in tokens.")] = 128,
+    tokens: Annotated[int, typer.Option(help="About how many tokens to read in all.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Sequences (with their copies) in one forward pass.")] = 8,
+    revision: Revision = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of tokens, windows and sampled positions.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Save the result as a Zarr folder.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write the figures to this HTML page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What becomes of MODEL as its attention scores, or all its parameters, are multiplied."""
+    check(mode in ("scores", "all-params"), f"--mode is {mode!r}: choose scores or all-params.")
+    check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
+    check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
+    check_page(figures)
+    factors = _factors(scales, mode)
+    from metaint.tasks import read_text
+
+    prose = read_text(text) if text is not None else None
+    opened = open_model(model, revision, checkpoint, device, dtype)
+    import metaint
+    from metaint.scanning.scan import default_tokens, text_tokens
+    from metaint.views.groups.saturation import print_saturation
+
+    if prose is None:
+        batch, source = default_tokens(opened, batch=max(2, tokens // 100), seed=seed), {"task": "repeated_tokens"}
+    else:
+        batch = text_tokens(opened, prose, length, max(2, tokens // length), seed=seed)
+        source = {"task": "text", "source": str(text)}
+    options = {"batch_size": batch_size, "seed": seed, "progress": sys.stderr.isatty(), "attributes": source}
+    found = metaint.saturate(opened, batch, factors, mode, faithful=faithful, **options)
+    _keep(found, out, figures)
+    if as_json:
+        print(_as_text(found, ["saturation"], True))
+        return
+    print_saturation(console(), found)
+    for path in (out, figures):
+        if path is not None:
+            console().print(f"saved to {path}")
+
+
+def _factors(given: str, mode: str) -> tuple[float, ...]:
+    """The numbers in --scales, or the default of the mode."""
+    from metaint.measures.saturation import KAPPAS
+    from metaint.scanning.saturate import SCALES
+
+    if not given:
+        return KAPPAS if mode == "scores" else SCALES
+    try:
+        return tuple(float(part) for part in given.split(","))
+    except ValueError:
+        raise InputError(f"--scales is {given!r}: join numbers by commas, such as 1,2,4,inf.") from None
+
+
+@app.command()
+def audit(
+    model: Model,
+    revision: Revision = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Check which invariants MODEL's hooks and weights hold."""
+    opened = open_model(model, revision, checkpoint, device, dtype)
+    from metaint import audit
+    from metaint.views.groups.tables import print_audit
+
+    print_audit(console(), audit(opened), model)
+
+
+app.command()(trace)
+app.command()(report)
+app.command()(export)
+
+
+@app.command()
+def demo(
+    text: Annotated[Path | None, typer.Option(help="Build the task from this text, not from Python's prose.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the model and of its data.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where to save the scan of all checkpoints.")] = Path("demo.zarr"),
+    page: Annotated[Path, typer.Option("--report", help="Where to write the report on SmolLM2.")] = Path("demo.html"),
+) -> None:
+    """Watch an induction head appear in a toy, then see the heads of a real language model."""
+    check(out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
+    check_page(page, "--report")
+    from metaint.tasks import python_prose, read_text
+
+    prose = read_text(text) if text is not None else python_prose()
+    quieten()
+    from metaint.labs.demo import run
+
+    run(console(), prose, seed, out, page)
+
+
+def _probe_names(given: str) -> list[str]:
+    """The names in --probes, each once."""
+    names = [name.strip() for name in given.split(",")]
+    known = len(set(names)) == len(names) and set(names) <= set(_PROBES)
+    check(known, f"--probes is {given!r}: join some of {', '.join(_PROBES)} by commas, each once.")
+    return names
+
+
+def _as_text(found: Any, chosen: list[str], as_json: bool) -> str:
+    """A scan for machines: JSON of every group, or the table of the one group as CSV."""
+    from metaint.views.groups.streams import layer_frame, scan_json
+    from metaint.views.groups.tables import to_csv, to_json
+
+    if as_json:
+        return (to_json if chosen == ["heads"] else scan_json)(found)
+    from metaint.views.groups.memory import memory_frame
+    from metaint.views.groups.saturation import saturation_frame
+    from metaint.views.groups.weights import weights_frame
+
+    frames = {"saturation": saturation_frame, "memory": memory_frame, "weights": weights_frame}
+    frame = frames.get(chosen[0], lambda scan: layer_frame(scan, chosen[0]))
+    return (to_csv(found) if chosen == ["heads"] else frame(found).to_csv(index=False)).rstrip("\n")
+
+
+def _keep(found: Any, out: Path | None, figures: Path | None) -> None:
+    """Save a scan, and its figures, where the options ask for it."""
+    if out is not None:
+        from metaint import save
+
+        save(found, out)
+    if figures is not None:
+        from metaint.views.drawing.page import write_page
+
+        write_page(found.metaint.plot(), figures, f"metaint: {found.attrs['model']}")
+
+
+def _print_groups(console: Console, found: Any, chosen: list[str], sort: str | None, top: int | None) -> None:
+    from metaint.views.groups.memory import print_memory
+    from metaint.views.groups.saturation import print_saturation
+    from metaint.views.groups.streams import print_inner, print_residual
+    from metaint.views.groups.tables import print_scan
+    from metaint.views.groups.weights import print_weights
+
+    tables = {
+        "residual": print_residual,
+        "inner": print_inner,
+        "saturation": print_saturation,
+        "memory": print_memory,
+        "weights": print_weights,
+    }
+    for name in chosen:
+        if name == "heads":
+            print_scan(console, found, sort, top)
+        else:
+            tables[name](console, found)

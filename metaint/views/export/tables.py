@@ -1,0 +1,164 @@
+"""A scan as tables for other programs: every number of it in a DataFrame, and each of those in a CSV or Parquet file.
+
+In: a scan, or a recording over training. Out: plain pandas tables by name, and a folder with a file for each.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+
+from metaint.errors import InputError, StoreError
+from metaint.scans.labels import label_heads
+from metaint.views.groups.memory import memory_frame, pairs_frame
+from metaint.views.groups.recurrence import recurrence_frame
+from metaint.views.groups.saturation import saturation_frame
+from metaint.views.groups.streams import layer_frame
+from metaint.views.groups.tables import head_frame
+from metaint.views.groups.weights import weights_frame
+
+Tables = dict[str, pd.DataFrame]
+
+_PAIR = ("layer", "head", "layer_to", "head_to")
+# Of each group its wide tables, and the dimensions of what they show; what has others gets tables of its own.
+_WIDE: dict[str, tuple[dict[str, Callable[[xr.DataTree], pd.DataFrame]], tuple[tuple[str, ...], ...]]] = {
+    "heads": ({"heads": lambda scan: _numbered(head_frame(scan)), "labels": label_heads},
+              (("layer", "head"), ("tau", "layer", "head"))),
+    "residual": ({"residual": partial(layer_frame, group="residual")},
+                 (("layer",), ("block",), ("layer", "position"), ("layer", "rank"), ("block", "position"))),
+    "inner": ({"inner": partial(layer_frame, group="inner")}, (("layer",), ("block",))),
+    "saturation": ({"saturation": saturation_frame}, (("scale", "layer"), ("scale",))),
+    "memory": ({"memory": memory_frame, "memory_pairs": pairs_frame}, (("layer", "head"), _PAIR)),
+    "weights": ({"weights": weights_frame}, (("layer", "head"), ("layer", "part"))),
+    "recurrence": ({"recurrence": recurrence_frame}, (("position",), ("position", "reference"))),
+}  # fmt: skip
+_WRITERS: dict[str, Callable[[pd.DataFrame, Path], Any]] = {
+    "csv": lambda table, path: table.to_csv(path, index=False),
+    "parquet": lambda table, path: table.to_parquet(path, index=False),
+}
+
+
+def tables_of(scan: xr.DataTree) -> Tables:
+    """Every table of a scan, by name; each variable of the scan is in at least one.
+
+    `heads`, `residual`, `inner`, `saturation`, `memory`, `memory_pairs`, `weights` and `recurrence` are as wide as
+    `head_frame`, `layer_frame` and their like make them, and `labels` is `metaint.label_heads`. What doesn't fit there
+    is tidy, one row for each value of its dimensions, under the group's name and theirs (`weights_pairs` for pairs of
+    heads, `saturation_scale_layer_head`); numbers without dimensions share one row (`weights_scalars`). So are groups
+    of other probes, and `training`. `attributes` tells where the scan comes from: group ("" for the root), name, and
+    value as text or JSON. Of a recording over training every other table begins with a column `step`. In `heads` and
+    `labels` the column `head` holds names ("5.1") and `index` numbers within the layer; elsewhere `head` is the number.
+
+    Raises InputError where nothing was read.
+    """
+    found: Tables = {}
+    for name in _groups(scan):
+        data = _sorted(scan[name].to_dataset())
+        if data.data_vars:
+            found |= _over_steps(name, data) if "step" in data.dims else _of_group(name, data)
+    if not found:
+        raise InputError("scan holds no group into which something was read: there is no table of it.")
+    return {**found, "attributes": _attributes(scan)}
+
+
+def save_tables(scan: xr.DataTree, folder: str | Path, format: str = "csv") -> list[Path]:
+    """Write each table of a scan to `<name>.csv` or `<name>.parquet` in a folder, made if it isn't there.
+
+    Returns the paths. All tables are written aside first, so that earlier ones of the same names stay until the new
+    ones are whole; files of other names are left alone. CSV keeps every digit, but no types: read it with
+    `pandas.read_csv(path, dtype={"head": str})`, since the head "5.10" is no number. Raises InputError for another
+    format or an empty scan, StoreError if the folder can't be written.
+    """
+    if format not in _WRITERS:
+        raise InputError(f'format is {format!r}: it must be "csv" or "parquet".')
+    tables, folder = tables_of(scan), Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file: name a folder for the tables.")
+    aside = folder / f".{os.getpid()}.new"
+    files = [f"{name}.{format}" for name in tables]
+    try:
+        aside.mkdir(parents=True)
+        for file, table in zip(files, tables.values(), strict=True):
+            _WRITERS[format](table, aside / file)
+        return [(aside / file).replace(folder / file) for file in files]
+    except OSError as error:
+        raise StoreError(f"the tables could not be written to {folder} ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _groups(scan: xr.DataTree) -> list[str]:
+    """The groups, those of our own probes first: a store gives them back in any order."""
+    names = sorted(str(name) for name in scan.children)
+    return [name for name in _WIDE if name in names] + [name for name in names if name not in _WIDE]
+
+
+def _sorted(data: xr.Dataset) -> xr.Dataset:
+    """With variables and coordinates by name, for the same reason."""
+    variables, coords = (
+        {name: data.variables[name] for name in sorted(of, key=str)} for of in (data.data_vars, data.coords)
+    )
+    return xr.Dataset(variables, coords, data.attrs)
+
+
+def _over_steps(name: str, data: xr.Dataset) -> Tables:
+    """The tables of a group at each step, one below the other."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for i, step in enumerate(data["step"].values.tolist()):
+        for table, frame in _of_group(name, data.isel(step=i, drop=True)).items():
+            frame.insert(0, "step", step)
+            parts.setdefault(table, []).append(frame)
+    return {table: pd.concat(frames, ignore_index=True) for table, frames in parts.items()}
+
+
+def _of_group(name: str, data: xr.Dataset) -> Tables:
+    """The wide tables of a group, and tidy ones of what they don't show."""
+    wide, shown = _WIDE.get(name, ({}, ()))
+    scan = xr.DataTree.from_dict({f"/{name}": data})
+    tables = {table: frame(scan) for table, frame in wide.items()}
+    left: dict[frozenset[Any], list[Any]] = {}
+    for variable in data.data_vars:
+        dims = frozenset(data[variable].dims)
+        if dims not in {frozenset(of) for of in shown}:
+            left.setdefault(dims, []).append(variable)
+    for names in left.values():
+        dims = [str(dim) for dim in data[names[0]].dims]
+        table = _tidy(data[names], dims)
+        if set(dims) == set(_PAIR):  # half of the pairs run backwards, and are not known
+            tables[f"{name}_pairs"] = table.dropna(how="all", subset=names).reset_index(drop=True)
+        elif dims:
+            tables[f"{name}_{'_'.join(dims)}"] = table
+        else:
+            tables[f"{name}_scalars" if wide else name] = table
+    return tables
+
+
+def _tidy(data: xr.Dataset, dims: Sequence[str]) -> pd.DataFrame:
+    """One row for each value of the dimensions; one row in all where there are none."""
+    if not dims:
+        return pd.DataFrame({str(name): [values.item()] for name, values in data.data_vars.items()})
+    return data.to_dataframe(dim_order=list(dims)).reset_index()
+
+
+def _numbered(heads: pd.DataFrame) -> pd.DataFrame:
+    """With the number of each head in its layer: programs that take "5.10" for a number lose its name."""
+    if "index" not in heads:
+        heads.insert(list(heads).index("layer") + 1, "index", [int(name.split(".")[1]) for name in heads["head"]])
+    return heads
+
+
+def _attributes(scan: xr.DataTree) -> pd.DataFrame:
+    told = {"": scan.attrs, **{name: scan[name].attrs for name in _groups(scan)}}
+    rows = [(group, str(name), _text(value)) for group, attrs in told.items() for name, value in attrs.items()]
+    return pd.DataFrame(rows, columns=["group", "name", "value"])
+
+
+def _text(value: Any) -> str:
+    value = getattr(value, "tolist", lambda: value)()  # what Zarr gives back may be NumPy's
+    return value if isinstance(value, str) else json.dumps(value, default=str)

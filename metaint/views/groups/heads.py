@@ -1,0 +1,198 @@
+"""`/heads` as a figure: a map of all heads for each score, layers down and heads across, labelled ones marked.
+
+In: a scan. Out: a plotly figure with a caption.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
+
+from metaint.errors import InputError
+from metaint.scans.labels import label_heads
+from metaint.views.drawing.panels import finish, there
+from metaint.views.groups.streams import Scan, one_group
+from metaint.views.groups.tables import number
+
+# What is drawn unless asked otherwise; `prefix_match` takes the place of `induction` on tokens that don't repeat.
+_MAIN = (
+    "induction", "previous_token", "duplicate_token", "first_token", "local_mass", "averaging", "max_weight", "entropy",
+)  # fmt: skip
+# The score on whose map each label is marked; that of "induction" depends on the tokens.
+_MARKED_ON = {
+    "previous-token": "previous_token",
+    "duplicate-token": "duplicate_token",
+    "sink": "first_token",
+    "local": "local_mass",
+    "averaging": "averaging",
+    "argmax": "max_weight",
+}
+_TITLES = {"first_token": "first token (sink)"}
+# Pixels: a map's least and greatest height, between rows of maps, and all maps of a row together. With more heads than
+# `_FEW` two maps stand side by side, so that a cell can still be pointed at. Room for the first row's titles.
+_LEAST, _MOST, _GAP, _ACROSS, _FEW, _ABOVE = 130, 560, 66, 740, 24, 30
+
+
+def plot_heads(scan: Scan, scores: Sequence[str] | None = None) -> go.Figure:
+    """A map of each score, heads across and layers down, beside what uniform attention scores; labelled heads marked.
+
+    In: a scan, or its `/heads`. `scores` are names of (layer, head) variables that were measured; by default induction
+    (`prefix_match` where the tokens don't repeat), previous, duplicate and first token, local mass, averaging, the
+    largest weight, and entropy, as far as the scan has them. Scores between 0 and 1 share a scale. A label's dot is on
+    the map of the score that earned it; the labels are those of `metaint.label_heads`. InputError where a scan has no
+    `/heads`, is a recording over several steps, or lacks a score.
+    """
+    model, data = one_group(scan, "heads")
+    names = _chosen(data, scores)
+    columns = min(len(names), 3 if data.sizes["head"] <= _FEW else 2)
+    rows = -(-len(names) // columns)
+    cell = min(_ACROSS / columns / data.sizes["head"], 26)
+    height = min(max(cell * data.sizes["layer"], _LEAST), _MOST)
+    inside = rows * height + (rows - 1) * _GAP
+    figure = make_subplots(
+        rows, columns, subplot_titles=[_title(data, name) for name in names], shared_yaxes=True,
+        horizontal_spacing=0.035, vertical_spacing=_GAP / inside if rows > 1 else 0,
+    )  # fmt: skip
+    labels = _labels(data)
+    for i, name in enumerate(names):
+        row, column = divmod(i, columns)
+        where: Any = {"row": row + 1, "col": column + 1}
+        figure.add_trace(_map(data, name, labels), **where)
+        _mark(figure, data, name, labels, cell, height, **where)
+        figure.update_xaxes(title_text="head", title_standoff=4, **where)
+        figure.update_yaxes(title_text="layer" if column == 0 else None, **where)
+    figure.update_layout(height=inside)
+    finish(figure, "Scores of the heads", {model: data}, _CAPTION, "")
+    _tidy(figure, data, inside)
+    return figure
+
+
+def _chosen(data: xr.Dataset, scores: Sequence[str] | None) -> list[str]:
+    """The scores to draw, in order; InputError for one that isn't there."""
+    measured = [
+        str(name)
+        for name in data
+        if set(data[name].dims) == {"layer", "head"} and f"{name}_count" in data and there(data, str(name))
+    ]
+    if scores is None:
+        induction = "induction" if "induction" in measured else "prefix_match"
+        main = [induction if name == "induction" else name for name in _MAIN]
+        scores = [name for name in main if name in measured] or measured
+        if not scores:
+            raise InputError("scan has no score of single heads in /heads: scan with metaint.HeadProbe().")
+    unknown = [name for name in scores if name not in measured]
+    if isinstance(scores, str) or unknown or not scores:
+        what = f"names {unknown[0]!r}" if unknown and not isinstance(scores, str) else f"is {scores!r}"
+        raise InputError(f"scores {what}: give a list of some of {', '.join(measured)}.")
+    return list(scores)
+
+
+def _labels(data: xr.Dataset) -> dict[tuple[int, int], list[str]]:
+    """The labels of each head that earned any, by its place."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for row in label_heads(data).query("label != 'none'").to_dict("records"):
+        found.setdefault((row["layer"], row["index"]), []).append(row["label"])
+    return found
+
+
+def _map(data: xr.Dataset, name: str, labels: dict[tuple[int, int], list[str]]) -> go.Heatmap:
+    values = _values(data, name)
+    scale: dict[str, Any] = {"coloraxis": "coloraxis"}
+    if not _is_share(values):
+        scale = {"zmin": np.nanmin(values), "zmax": np.nanmax(values), "colorscale": "Viridis", "reversescale": True}
+        scale["showscale"] = False
+    return go.Heatmap(
+        z=values,
+        x=data["head"].values,
+        y=data["layer"].values,
+        customdata=_told(data, name, labels),
+        hovertemplate="%{customdata}<extra></extra>",
+        name=name,
+        **scale,
+    )
+
+
+def _told(data: xr.Dataset, name: str, labels: dict[tuple[int, int], list[str]]) -> list[list[str]]:
+    """What the pointer shows of each head: its score with interval, uniform and null, and its labels."""
+    ends = ("", "_low", "_high", "_uniform", "_null_mean", "_null_std")
+    score, low, high, uniform, mean, std = (_values(data, name + end) for end in ends)
+    known = [~np.isnan(values) for values in (low, uniform, mean)]
+    told = []
+    for i, layer in enumerate(data["layer"].values):
+        row = []
+        for j, head in enumerate(data["head"].values):
+            at = (i, j)
+            text = f"head {layer}.{head}: {number(score[at])}"
+            text += f" ({number(low[at])} to {number(high[at])})" if known[0][at] else ""
+            text += f"<br>uniform {number(uniform[at])}" if known[1][at] else ""
+            text += f"<br>null {number(mean[at])} ± {number(std[at])}" if known[2][at] else ""
+            row.append(text + (f"<br><b>{', '.join(labels[at])}</b>" if at in labels else ""))
+        told.append(row)
+    return told
+
+
+def _mark(
+    figure: go.Figure, data: xr.Dataset, name: str, labels: dict[tuple[int, int], list[str]], cell: float,
+    height: float, row: int, col: int,
+) -> None:  # fmt: skip
+    """A dot in the cell of each head whose label rests on this score; nothing where there is none."""
+    stripe = "induction" if there(data, "induction") else "prefix_match"
+    wanted = [label for label, source in {**_MARKED_ON, "induction": stripe}.items() if source == name]
+    places = [at for at, found in labels.items() if set(wanted) & set(found)]
+    if not places:
+        return
+    size = max(5.0, min(11.0, 0.5 * min(cell, height / data.sizes["layer"])))
+    marker = {"size": size, "color": "white", "line": {"color": "black", "width": 1.2}}
+    x, y = ([data[dim].values[at[k]] for at in places] for k, dim in ((1, "head"), (0, "layer")))
+    dots = go.Scatter(x=x, y=y, mode="markers", marker=marker, hoverinfo="skip", showlegend=False, name=wanted[0])
+    figure.add_trace(dots, row=row, col=col)
+
+
+def _title(data: xr.Dataset, name: str) -> str:
+    """The score's name and what uniform attention scores, which differs between layers with their windows."""
+    told = _TITLES.get(name, name.replace("_", " "))
+    values = _values(data, name)
+    uniform = _values(data, f"{name}_uniform")
+    if not np.isnan(uniform).all():
+        least, most = number(np.nanmin(uniform)), number(np.nanmax(uniform))
+        told += f" · uniform {least}" + (f" to {most}" if most != least else "")
+    if not _is_share(values):
+        told += f"<br>light {number(np.nanmin(values))}, dark {number(np.nanmax(values))}"
+    return f"<b>{told.replace(' · ', '</b> · ', 1)}" if " · " in told else f"<b>{told}</b>"
+
+
+def _tidy(figure: go.Figure, data: xr.Dataset, inside: float) -> None:
+    """Small titles, whole numbers on the axes, layer 0 above, and the shared scale at the side."""
+    figure.for_each_annotation(lambda note: note.update(font_size=12) if note.name != "caption" else None)
+    ticks = {dim: next(s for s in (1, 2, 5, 10, 20, 50) if data.sizes[dim] <= 14 * s) for dim in ("layer", "head")}
+    ends = {dim: [data[dim].values[0] - 0.5, data[dim].values[-1] + 0.5] for dim in ("layer", "head")}
+    figure.update_xaxes(tick0=0, dtick=ticks["head"], range=ends["head"], showgrid=False)
+    figure.update_yaxes(tick0=0, dtick=ticks["layer"], range=ends["layer"][::-1], showgrid=False)
+    bar = {"title": "score", "thickness": 14, "len": min(220, inside), "lenmode": "pixels", "y": 1, "yanchor": "top"}
+    colours = {"cmin": 0, "cmax": 1, "colorscale": "Viridis", "reversescale": True, "colorbar": {**bar, "x": 1.02}}
+    layout: Any = figure.layout
+    figure.update_layout(coloraxis=colours, hovermode="closest")
+    figure.update_layout(height=layout.height + _ABOVE, margin_t=layout.margin.t + _ABOVE)
+
+
+def _is_share(values: np.ndarray) -> bool:
+    return bool(np.nanmin(values) >= -1e-6 and np.nanmax(values) <= 1 + 1e-6)
+
+
+def _values(data: xr.Dataset, name: str) -> np.ndarray:
+    if name not in data:
+        return np.full((data.sizes["layer"], data.sizes["head"]), np.nan)
+    return data[name].transpose("layer", "head").values
+
+
+_CAPTION = (
+    "How to read: each cell is a head, the darker the higher its score; a kind of head stands out where its cell is "
+    "far above what uniform attention scores on the same tokens (in the title). A white dot marks a head that earned "
+    "the score's label: above its threshold, above uniform attention and above its null. It misleads where a map is "
+    "dark all over: short contexts, sinks and windows raise a score for all heads, and averaging and entropy are "
+    "highest in heads that look at nothing in particular, as before training; and attention tells where a head looks, "
+    "not what it moves or whether that matters."
+)

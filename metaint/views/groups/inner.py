@@ -1,0 +1,145 @@
+"""`/inner` as a figure: the loss at every layer, whether steps follow its gradient, and length against loss.
+
+In: one scan, or several by name to compare them. Out: a plotly figure of a fixed width with a caption. What it shows is
+an operational definition inspired by Wu & Varshney (2310.05884), see `measures/inner.py`.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from plotly import graph_objects as go
+
+from metaint.probes.inner import MOST_TOKENS
+from metaint.views.drawing.panels import (
+    BLUE,
+    COLOURS,
+    DEPTH,
+    GREEN,
+    GREY,
+    ORANGE,
+    Line,
+    draw,
+    finish,
+    legend_of,
+    log_axis,
+    log_scale,
+    panels,
+    rule,
+    symbol,
+    there,
+)
+from metaint.views.groups.streams import Scans, named_groups
+from metaint.views.groups.tables import number
+
+_PARTS = {"": "block", "_attn": "attention", "_mlp": "MLP"}
+_LOSSES = (
+    Line("loss", "loss", BLUE),
+    Line("loss_null", "another token's target", GREY, "dash"),
+    Line("prediction_entropy", "entropy of the prediction", ORANGE, "dot"),
+)
+
+
+def plot_inner(scans: Scans) -> go.Figure:
+    """Loss and rank of the next token at every layer, how each step follows the loss's gradient, and length and loss.
+
+    In: a scan, its `/inner`, or a dict from names to these. Panels: loss in nats beside that of another token's target
+    and the prediction's entropy; geometric mean rank (1 is the most likely, log axis); cosine in [-1, 1] of what each
+    block, its attention and its MLP add with the descent direction, beside its null; share of tokens whose loss the
+    block lowers; fidelity, the fall that the gradient foretells over the real one, where the loss surely falls; and a
+    dot for each token, length of the stream against loss at the last layer, with Spearman's coefficients. Bands are
+    95 % intervals over sequences. InputError where `/inner` is missing.
+    """
+    named = {name: _with_fidelity(data) for name, data in named_groups(scans, "inner").items()}
+    kept = [part for part in _PARTS if part == "" or _known(named, f"step_gradient_cosine{part}")]
+    lower = ["share improved", *(["fidelity"] if _known(named, "fidelity_sure") else [])]
+    titles = ["nats", "rank", *(f"cosine, {_PARTS[part]}" for part in kept), *lower, "loss (nats)"]
+    figure = panels(titles, [1, 0.6, *[0.55] * (len(titles) - 3), 1], apart=True)
+    draw(figure, 1, named, _LOSSES)
+    draw(figure, 2, named, [Line("target_rank", "rank", GREEN)], explain=False)
+    log_axis(figure, 2)
+    for row, part in enumerate(kept, 3):
+        _draw_beside_null(figure, row, named, "step_gradient_cosine", part)
+        rule(figure, row, 0)
+        figure.update_yaxes(matches="y3" if row > 3 else None, row=row, col=1)
+    _draw_beside_null(figure, 3 + len(kept), named, "improved")
+    rule(figure, 3 + len(kept), 0.5)
+    if len(lower) > 1:
+        draw(figure, 4 + len(kept), named, [Line("fidelity_sure", "fidelity", BLUE)], explain=False)
+        rule(figure, 4 + len(kept), 1)
+    finish(figure, "Inner optimisation", named, _caption(named, len(lower) > 1), DEPTH)
+    figure.update_xaxes(title_text=DEPTH, row=len(titles) - 1, col=1)
+    _draw_tokens(figure, len(titles), named)
+    return figure
+
+
+def _known(named: Mapping[str, xr.Dataset], variable: str) -> bool:
+    return any(there(data, variable) for data in named.values())
+
+
+def _with_fidelity(data: xr.Dataset) -> xr.Dataset:
+    """With `fidelity_sure`, which is left out where the loss may not fall at all: there it is a ratio of chances."""
+    falls = data["loss_decrease_low"] > 0
+    return data.assign({f"fidelity_sure{end}": data[f"fidelity{end}"].where(falls) for end in ("", "_low", "_high")})
+
+
+def _draw_beside_null(
+    figure: go.Figure, row: int, named: Mapping[str, xr.Dataset], variable: str, part: str = ""
+) -> None:
+    lines = [
+        Line(f"{variable}{part}", "next token", BLUE),
+        Line(f"{variable}_null{part}", "another token's target", GREY, "dash"),
+    ]
+    draw(figure, row, named, lines, explain=row == 3)
+
+
+def _draw_tokens(figure: go.Figure, row: int, named: Mapping[str, xr.Dataset]) -> None:
+    """Length of the stream against loss at the last layer, on an x axis of its own; coefficients in the legend."""
+    lengths = []
+    for i, data in enumerate(named.values()):
+        here = data.isel(layer=-1)
+        told = [_coefficient(here, f"norm_loss_spearman{end}", len(named) == 1) for end in ("", "_partial")]
+        name = f"{told[0]}{'<br>' if len(named) == 1 else ', '}partial {told[1]}"
+        figure.add_trace(_dots(here, i).update(name=name, legend=legend_of(row)), row=row, col=1)
+        lengths.append(here["token_norm"].values)
+    axis = {"dtick": None, "tick0": None, **log_scale(np.concatenate(lengths))}
+    figure.update_xaxes(axis, title_text="length of the stream at the last layer", row=row, col=1)
+    figure.update_layout({legend_of(row): {"title": "Spearman"}})
+
+
+def _coefficient(here: xr.Dataset, name: str, interval: bool) -> str:
+    value, low, high = (float(here[name + end]) for end in ("", "_low", "_high"))
+    return number(value) + (f" ({number(low)} to {number(high)})" if interval and not np.isnan(low) else "")
+
+
+def _dots(here: xr.Dataset, i: int) -> go.Scatter:
+    return go.Scatter(
+        x=here["token_norm"].values,
+        y=here["token_loss"].values,
+        customdata=np.stack([here[key].values for key in ("token", "target", "token_position")], -1),
+        hovertemplate="token %{customdata[0]}, next %{customdata[1]}, position %{customdata[2]}"
+        "<br>length %{x:.4g}, loss %{y:.4g}<extra></extra>",
+        mode="markers",
+        marker={"color": COLOURS[i % len(COLOURS)], "size": 5, "opacity": 0.5, "symbol": symbol(i)},
+        showlegend=True,
+    )
+
+
+def _caption(named: Mapping[str, xr.Dataset], fidelity: bool) -> str:
+    trap = (
+        "early on, since the logit lens is biased in early layers, and layer 0 of tied embeddings predicts the current "
+        "token"
+    )
+    if all(data.attrs.get("lens") == "tuned lens" for data in named.values()):
+        trap = "early on, since a tuned lens was trained to predict the last layer: what it reads is partly its work"
+    ratio = "; fidelity: the fall that the gradient foretells over the real one, where the loss surely falls"
+    return (
+        "How to read: loss of the next token if the stream at this layer were the last (as high as with another "
+        "token's target: it knows nothing of this position), and geometric mean rank, 1 is the most likely; cosine of "
+        "what is added with the descent direction of that loss, 1 is a gradient step, and only what stands above "
+        f"another token's target tells of this token; share of tokens whose loss the block lowers"
+        f"{ratio if fidelity else ''}. Last, a dot is a token, {MOST_TOKENS} a scan at most (coefficients use all that "
+        "were sampled; partial: frequencies and position taken out). Bands and brackets: 95 % intervals over "
+        "sequences. Operational definition inspired by Wu & Varshney (2023), no theorem of theirs. It misleads "
+        f"{trap}; and where a correlation over tokens is taken for a cause."
+    )

@@ -1,0 +1,118 @@
+"""`/residual` as a figure: how long the stream is, how each block lengthens it, and what is added along it.
+
+In: one scan, or several by name to compare them. Out: a plotly figure of a fixed width with a caption. What it shows is
+an operational definition inspired by Wu & Varshney (2310.05884), see `measures/inner.py`.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from plotly import graph_objects as go
+
+from metaint.views.drawing.panels import (
+    BLUE,
+    DEPTH,
+    GREEN,
+    GREY,
+    PURPLE,
+    VERMILION,
+    Line,
+    draw,
+    finish,
+    log_axis,
+    panels,
+    rule,
+    stripe,
+    there,
+)
+from metaint.views.groups.streams import Scans, later_norms, named_groups
+from metaint.views.groups.tables import number
+
+# With fewer growths than this after block 0 (four a block) there is nothing that it could flatten.
+_FEW_GROWTHS = 8
+
+
+def plot_residual(scans: Scans) -> go.Figure:
+    """Length of the stream by layer, growth in each block beside its orthogonal counterpart, and cosines of writes.
+
+    In: a scan, its `/residual`, or a dict from names to these. Lengths are geometric means with bands that hold 5 to
+    95 % of the tokens, on a log axis: one scan has a line for each position bucket, several have one each for all
+    positions but 0. Growth is a factor; cosines with the stream are in [-1, 1]; both are means over tokens after
+    position 0, with 95 % intervals over sequences. InputError where `/residual` is missing.
+    """
+    named = named_groups(scans, "residual")
+    split = any(there(data, f"cos_stream_{part}") for data in named.values() for part in ("attn", "mlp"))
+    titles = ["length", "length after / before", "cosine with the stream"][: 2 + split]
+    figure = panels(titles, [1, 0.9, 0.9][: len(titles)])
+    _draw_lengths(figure, named)
+    growth = [Line("growth", "growth", BLUE), Line("growth_orthogonal", "if orthogonal", GREY, "dash")]
+    draw(figure, 2, named, growth)
+    rule(figure, 2, 1)
+    _leave_out_first(figure, named)
+    cosines = _draw_cosines(figure, named) if split else ""
+    caption = (
+        "How to read: geometric mean length of the stream at each layer (0 is the embedding, the last comes before the "
+        f"final norm){'' if len(named) == 1 else ', position 0 left out'}, bands hold 5 to 95 % of the tokens; growth "
+        "of the length in each block, beside what the same step would give if it were orthogonal to the stream "
+        f"(growth below that: the step opposes it){cosines}. Below the first panel means are over tokens after "
+        "position 0, bands 95 % intervals over sequences. It misleads where growth is taken for inner optimisation: "
+        "any exact descent through a final norm lengthens the stream, and so does adding vectors that don't oppose "
+        "it. Folded or centred weights change lengths: compare scans whose weights were processed alike."
+    )
+    finish(figure, "Residual stream", named, caption, DEPTH)
+    return figure
+
+
+def _draw_lengths(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None:
+    tables = {name: _norm_bands(data) for name, data in named.items()}
+    buckets = [str(name) for name in next(iter(tables.values())) if not str(name).endswith(("_low", "_high"))]
+    colours = dict(zip(buckets, (GREY, BLUE, VERMILION, GREEN, PURPLE), strict=False))
+    lines = [Line(name, name, colours[name], "dash" if name == "position 0" else "solid") for name in buckets[:-1]]
+    draw(figure, 1, tables, lines if len(named) == 1 else [Line(buckets[-1], buckets[-1], BLUE)])
+    log_axis(figure, 1)
+
+
+def _norm_bands(data: xr.Dataset) -> xr.Dataset:
+    """Geometric mean and 5 and 95 % quantiles of the length in each bucket, and in all but position 0."""
+    found = {}
+    for bucket in data["position"].values:
+        quantiles = data["norm_quantile"].sel(position=bucket, drop=True)
+        key = "position 0" if bucket == "0" else f"positions {bucket.replace('-', '–')}"
+        found[key] = (data["norm_geometric"].sel(position=bucket, drop=True), quantiles)
+    found["positions 1 and later"] = later_norms(data)
+    bands = {}
+    for key, (mean, quantiles) in found.items():
+        bands[key] = mean
+        bands[f"{key}_low"], bands[f"{key}_high"] = (quantiles.isel(quantile=i, drop=True) for i in (0, -1))
+    return xr.Dataset(bands)
+
+
+def _draw_cosines(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> str:
+    """What attention and MLP add beside the stream, in the third panel; returns how to read it."""
+    writes = [Line("cos_stream_attn", "attention", VERMILION), Line("cos_stream_mlp", "MLP", GREEN, "dash")]
+    null = 2 * max(data["cos_null_std"].item() for data in named.values())
+    stripe(figure, 3, null, max(data.sizes["block"] for data in named.values()))
+    draw(figure, 3, named, writes)
+    rule(figure, 3, 0)
+    return (
+        f"; cosine of what attention and MLP add with the stream, in grey ±{number(null)}, two standard deviations of "
+        f"unrelated directions{' in the narrowest model' if len(named) > 1 else ''}"
+    )
+
+
+def _leave_out_first(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None:
+    """Begin with an axis without block 0 where its growth would flatten all others, as it does in most models."""
+    names = ("growth", "growth_low", "growth_high", "growth_orthogonal")
+    rest = np.concatenate([data[name][1:].values for data in named.values() for name in names])
+    rest = rest[np.isfinite(rest)]
+    first = max(float(data["growth"][0]) for data in named.values())
+    if len(rest) < _FEW_GROWTHS or first <= 2 * rest.max() - min(rest.min(), 1):
+        return
+    low, high = min(rest.min(), 1), max(rest.max(), 1)
+    room = 0.08 * (high - low)
+    figure.update_yaxes(range=[low - room, high + 2 * room], row=2, col=1)
+    words = f"block 0 is off the scale ({number(first)}): double-click to see all"
+    figure.add_annotation(
+        text=words, x=1, y=1, xref="x2 domain", yref="y2 domain", xanchor="right", yanchor="top", showarrow=False
+    )

@@ -1,0 +1,306 @@
+"""`plot_training`: everything recorded over training in one figure, and the panels that other figures share with it.
+
+In: a recording as `read_recording` gives it, or several by name. Out: a plotly figure over the square root of the step,
+with a caption. The panels of norms and saturation are after Merrill et al. 2021 (2010.09697).
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+from plotly import graph_objects as go
+
+from metaint.errors import InputError
+from metaint.measures.growth import TRENDS, fit_trends
+from metaint.scans.curves import ANY, NORM, head_counts, steady_norms
+from metaint.scans.labels import THRESHOLDS
+from metaint.views.drawing.panels import COLOURS, DASHES, GREY, Line, draw, finish, legend_of, panels, short_name
+from metaint.views.groups.streams import Scan, Scans, group_of, name_of
+
+Recordings = Mapping[str, xr.DataTree]
+
+# How the trends of `measures.growth` are written.
+SIGNS = {"t": "t", "sqrt_t": "√t", "fourth_root_t": "t^¼"}
+# Layers that have a panel: more are hard to compare.
+_LAYERS = 4
+_AXIS = "optimiser step (square-root scale)"
+
+
+def plot_training(recordings: Scans) -> go.Figure:
+    """Everything recorded over training: scalars, labelled heads, norm of the parameters, saturation; a panel for each.
+
+    In: a recording (`metaint.read_recording`), its `/training`, or a dict from names to these. Panels, as far as they
+    are there: losses, accuracies and other scalars of `/training`; how many heads hold each label
+    (`metaint.label_heads`); length of the parameters without embeddings, with its best trend; similarity with the
+    model of saturated attention, at four layers at most. Recordings of the birth lab get the figure of its memories.
+    InputError where there is nothing of it.
+    """
+    trees = _recordings(recordings)
+    if all(_is_birth(tree) for tree in trees.values()):
+        from metaint.labs.birth.figures import plot_birth  # which rests on this module
+
+        return plot_birth(trees)
+    made = [(make, _having(trees, group)) for group, make in _PARTS.items()]
+    parts = [make(trees, having) for make, having in made if having]
+    if not parts:
+        raise InputError(
+            f"{next(iter(trees))} holds nothing over steps to draw: record scalars, /heads, /weights, or /saturation "
+            "with a kappa of infinity, and pass what metaint.read_recording gives."
+        )
+    figure = panels([title for part in parts for title in part.titles], [h for part in parts for h in part.heights])
+    row = 1
+    for part in parts:
+        part.draw(figure, row)
+        row += len(part.titles)
+    read, traps = " ".join(part.read for part in parts), "; ".join(part.trap for part in parts)
+    over_training(figure, "Training", list(trees), f"How to read: {read} It misleads {traps}.")
+    return figure
+
+
+def drawn_groups(recording: xr.DataTree) -> set[str]:
+    """The groups of a recording that `plot_training` draws."""
+    found = {str(name): node.to_dataset() for name, node in recording.children.items() if "step" in node.dims}
+    scales = found["saturation"]["scale"].values if "scale" in found.get("saturation", {}) else []
+    drawn = {
+        "training": bool(_scalars_of(found.get("training", xr.Dataset()))),
+        "heads": "heads" in found,
+        "weights": NORM in found.get("weights", {}),
+        "saturation": math.inf in scales,
+    }
+    return {name for name, is_drawn in drawn.items() if is_drawn}
+
+
+def _scalars_of(training: xr.Dataset) -> list[str]:
+    """The numbers that `/training` holds by step, without the ends of intervals."""
+    names = [str(name) for name, values in training.items() if values.dims == ("step",) and values.dtype.kind in "fiu"]
+    ends = {f"{name}{end}" for name in names for end in ("_low", "_high")}
+    return [name for name in names if name not in ends and bool(training[name].notnull().any())]
+
+
+def _is_birth(recording: xr.DataTree) -> bool:
+    """Whether a recording is one of the birth lab; any other's /training holds what its owner gave."""
+    groups = {str(name): node for name, node in recording.children.items() if "step" in node.dims}
+    return {"memory", "training"} <= set(groups) and {"accuracy", "previous_mass"} <= set(groups["training"].data_vars)
+
+
+def _recordings(recordings: Scans) -> dict[str, xr.DataTree]:
+    """Recordings by name, of which a /training on its own is one."""
+    if isinstance(recordings, xr.DataTree | xr.Dataset):
+        return {name_of(recordings): _recording(recordings, "the recording")}
+    if not isinstance(recordings, Mapping) or not recordings:
+        raise InputError(f"recordings is {_told(recordings)}: pass a recording, or a dict from names to recordings.")
+    return {str(name): _recording(each, f"the recording {name}") for name, each in recordings.items()}
+
+
+def _recording(given: Scan, who: str) -> xr.DataTree:
+    if isinstance(given, xr.DataTree) and not given.data_vars:
+        return given
+    return xr.DataTree.from_dict({"/training": group_of(given, "training", who)})
+
+
+def _told(given: Any) -> str:
+    return "empty" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+
+
+def checked(recordings: Recordings, group: str) -> dict[str, xr.DataTree]:
+    """The recordings, of which each has this group over steps; InputError for one that hasn't, and for none."""
+    if not isinstance(recordings, Mapping) or not recordings:
+        raise InputError(f"recordings is {_told(recordings)}: pass a dict from names to recordings.")
+    for name, tree in recordings.items():
+        if group not in tree.children or "step" not in tree[group].dims:
+            raise InputError(f"the recording {name} has no /{group} over steps: record it with that probe.")
+    return dict(recordings)
+
+
+# ---- parts of the figure ----------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """Panels of one group: titles and heights, what draws them from a row on, how to read them and when not."""
+
+    titles: Sequence[str]
+    heights: Sequence[float]
+    draw: Callable[[go.Figure, int], Any]
+    read: str
+    trap: str
+
+
+def _having(trees: Recordings, group: str) -> dict[str, xr.DataTree]:
+    return {name: tree for name, tree in trees.items() if group in drawn_groups(tree)}
+
+
+def _scalars(trees: Recordings, having: Recordings) -> _Part:
+    """Losses in a panel, accuracies in another, and each other scalar in its own."""
+    found = {name: tree["training"].to_dataset() for name, tree in having.items()}
+    kinds: dict[str, list[str]] = {"loss": [], "accuracy": []}
+    for name in dict.fromkeys(name for data in found.values() for name in _scalars_of(data)):
+        kinds.setdefault(next((kind for kind in ("loss", "accuracy") if kind in name), name), []).append(name)
+    kinds = {kind: sorted(names, key=lambda name: name != kind) for kind, names in kinds.items() if names}
+    return _Part(
+        [_words(kind) for kind in kinds],
+        [0.8 if kind in ("loss", "accuracy") else 0.55 for kind in kinds],
+        _drawing(_rooted(trees, found), list(kinds.values())),
+        "scalars are those that the training loop gave.",
+        "where records are few, since anything may happen between two",
+    )
+
+
+def _labels(trees: Recordings, having: Recordings) -> _Part:
+    """The labels that any head ever earns: of one run in one panel, of several in a panel each."""
+    found = {name: head_counts(tree) for name, tree in having.items()}
+    most = {label: max(int(data[label].max()) for data in found.values()) for label in [*THRESHOLDS, ANY]}
+    earned = [label for label in THRESHOLDS if most[label]] or [ANY]
+    rows = [[label] for label in earned] if len(trees) > 1 else [earned]
+    lines = _drawing(_rooted(trees, found), rows)
+
+    def drawn(figure: go.Figure, first: int) -> None:
+        lines(figure, first)
+        for row, labels in enumerate(rows, first):
+            whole_numbers(figure, row, max(most[label] for label in labels))
+
+    return _Part(
+        ["labelled heads" if labels[1:] or labels == [ANY] else f"{labels[0]} heads" for labels in rows],
+        [0.55 if len(rows) > 1 else 0.8] * len(rows),
+        drawn,
+        f"Labels: how many of {heads_told(found)} heads hold each; one head may hold several.",
+        "where a head stands at a label's threshold, and comes and goes",
+    )
+
+
+def _norms(trees: Recordings, having: Recordings) -> _Part:
+    return _Part(
+        ["norm of the parameters"],
+        [0.8],
+        lambda figure, row: draw_norms(figure, row, trees),
+        "Norm: length of all parameters but the embeddings, and dotted its best trend after the warmup; growth by "
+        "steps across the parameters is a straight line here.",
+        "where a trend is taken for a law, since any smooth rise fits √t and t^¼ alike",
+    )
+
+
+def _similarities(trees: Recordings, having: Recordings) -> _Part:
+    layers = shown_layers(having)
+    return _Part(
+        similarity_titles(layers),
+        [0.55] * len(layers),
+        lambda figure, row: draw_similarities(figure, row, trees, layers),
+        "Similarity: mean cosine of the stream after a layer with that of the same model whose attention goes to the "
+        "largest scores alone, band: 95 % over sequences; dashed: with a token of another sequence.",
+        "where attention adds little, since streams are then similar however soft it is, as before training",
+    )
+
+
+_PARTS: dict[str, Callable[[Recordings, Recordings], _Part]] = {
+    "training": _scalars, "heads": _labels, "weights": _norms, "saturation": _similarities,
+}  # fmt: skip
+
+
+def _drawing(named: Mapping[str, xr.Dataset], rows: Sequence[Sequence[str]]) -> Callable[[go.Figure, int], None]:
+    """What draws a row of variables into each panel: one run has a colour for each, several have dashes for them."""
+
+    def drawn(figure: go.Figure, first: int) -> None:
+        for row, variables in enumerate(rows, first):
+            looks = [(COLOURS[j % len(COLOURS)], DASHES[j % len(DASHES)]) for j in range(len(variables))]
+            lines = [Line(name, _words(name), *look) for name, look in zip(variables, looks, strict=True)]
+            draw(figure, row, named, lines, explain=len(named) > 1 or len(lines) > 1)
+
+    return drawn
+
+
+def _rooted(trees: Recordings, found: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """Along roots of steps; a run without anything keeps its place, and so its colour."""
+    return {name: on_root(found[name]) if name in found else xr.Dataset() for name in trees}
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# ---- panels -----------------------------------------------------------------------------------------------------
+
+
+def draw_norms(figure: go.Figure, row: int, recordings: Recordings) -> Mapping[str, Mapping[str, Any]]:
+    """Length of each run's parameters, and its best trend dotted; returns all trends of the runs that have any."""
+    having = _having(recordings, "weights")
+    norms = {name: tree["weights"].to_dataset()[[NORM]] for name, tree in having.items()}
+    draw(figure, row, _rooted(recordings, norms), [Line(NORM, "norm", COLOURS[0])])
+    fits = {name: fit_trends(*steady) for name, tree in having.items() if len((steady := steady_norms(tree))[0])}
+    for i, name in enumerate(recordings):
+        if name in fits:
+            best = _fitted(steady_norms(recordings[name])[0], fits[name])
+            best.update(line_color=COLOURS[i % len(COLOURS)], legendgroup=f"scan {i}", legend=legend_of(row))
+            figure.add_trace(best.update(showlegend=len(recordings) == 1), row=row, col=1)
+    return fits
+
+
+def _fitted(steps: np.ndarray, trends: Mapping[str, Any]) -> go.Scatter:
+    """The best trend as a thin line; an empty one where nothing was fitted."""
+    best = max(TRENDS, key=lambda key: np.nan_to_num(trends[key].r2, nan=-np.inf))
+    t = np.linspace(np.sqrt(steps[0]), np.sqrt(steps[-1]), 60) ** 2
+    y = trends[best].intercept + trends[best].slope * TRENDS[best](t)
+    line = {"width": 1, "dash": "dot"}
+    return go.Scatter(x=np.sqrt(t), y=y, mode="lines", line=line, name=f"fit of {SIGNS[best]}", hoverinfo="skip")
+
+
+def shown_layers(recordings: Recordings) -> list[int]:
+    """Four layers at most of the deepest run, the first and the last among them."""
+    layers = max((tree["saturation"].to_dataset()["layer"].values.tolist() for tree in recordings.values()), key=len)
+    return sorted({layers[round(i * (len(layers) - 1) / (_LAYERS - 1))] for i in range(_LAYERS)})
+
+
+def similarity_titles(layers: Sequence[int]) -> list[str]:
+    return [f"similarity, layer {layer}" for layer in layers]
+
+
+def draw_similarities(figure: go.Figure, first: int, recordings: Recordings, layers: Sequence[int]) -> None:
+    """Similarity with the model of saturated attention beside its null, a panel a layer, all of one scale."""
+    found = {name: tree["saturation"].to_dataset() for name, tree in _having(recordings, "saturation").items()}
+    lines = [Line("similarity", "similarity", COLOURS[0]), Line("similarity_null", "null", GREY, "dash")]
+    for row, layer in enumerate(layers, first):
+        at = {"scale": math.inf, "layer": layer}
+        here = {name: data.sel(at, drop=True) for name, data in found.items() if layer in data["layer"]}
+        draw(figure, row, _rooted(recordings, here), lines, explain=row == first)
+        if row > first:
+            figure.update_yaxes(matches=f"y{first if first > 1 else ''}", row=row, col=1)
+
+
+def whole_numbers(figure: go.Figure, row: int, most: float) -> None:
+    """Counts have ticks at whole numbers, and room above where all are 0."""
+    step = next((step for step in (1, 2, 5, 10, 20, 50, 100) if most <= 8 * step), 1000)
+    top = max(most, 1)
+    figure.update_yaxes(dtick=step, tickformat="d", range=[-0.06 * top, 1.08 * top], row=row, col=1)
+
+
+# ---- over steps -------------------------------------------------------------------------------------------------
+
+
+def heads_told(counts: Mapping[str, xr.Dataset]) -> str:
+    """How many heads the runs have."""
+    return " or ".join(map(str, sorted({data.attrs["heads"] for data in counts.values()})))
+
+
+def on_root(data: xr.Dataset) -> xr.Dataset:
+    """The same along the square root of the step."""
+    return data.assign_coords(step=np.sqrt(data["step"].values))
+
+
+def over_training(figure: go.Figure, title: str, runs: Collection[str], caption: str) -> None:
+    """The common look of what is drawn along roots of steps: steps as ticks, and in what the pointer shows."""
+    finish(figure, title, {"": xr.Dataset()}, caption, _AXIS)
+    traces: Any = figure.data
+    drawn = [trace for trace in traces if trace.x is not None and trace.x[0] is not None]
+    last = max(float(trace.x[-1]) for trace in drawn if trace.fill is None) ** 2
+    ticks = sorted({0.0, *(float(f"{max(1, last * (i / 6) ** 2):.1g}") for i in range(1, 6)), round(last)})
+    if len(ticks) > 2 and np.sqrt(last) - np.sqrt(ticks[-2]) < 0.06 * np.sqrt(last):
+        ticks.pop(-2)  # its label would touch the last one's
+    figure.update_xaxes(tickvals=np.sqrt(ticks), ticktext=[f"{tick:g}" for tick in ticks])
+    for trace in drawn:
+        if trace.hovertemplate:
+            steps = [f"step {round(root**2)}, " for root in trace.x]
+            trace.update(text=steps, hovertemplate="%{text}" + trace.hovertemplate)
+    told = escape(short_name(next(iter(runs))), quote=False) if len(runs) == 1 else f"{len(runs)} runs"
+    told += f", {last:.0f} steps"
+    figure.update_layout(title_subtitle_text=told, hovermode="closest")
