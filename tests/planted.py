@@ -13,11 +13,11 @@ VOCAB, LENGTH = 40, 64
 D_MODEL, D_HEAD = 2 * VOCAB + LENGTH, VOCAB + LENGTH
 SHARP = 20.0
 PLANTED = {
-    "0.0": "previous-token",
+    "0.0": "previous_token",
     "0.1": "averaging",
     "0.2": "local",
     "0.3": "sink",
-    "0.4": "duplicate-token",
+    "0.4": "duplicate_token",
     "1.0": "induction",
 }
 N_HEADS = 8

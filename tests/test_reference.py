@@ -41,5 +41,5 @@ def test_known_heads_are_labelled(heads):
     table = metaint.label_heads(heads)
     by_label = {label: set(part["head"]) for label, part in table.groupby("label")}
     assert {"5.1", "5.5", "6.9", "7.2", "7.10"} <= by_label["induction"]
-    assert "4.11" in by_label["previous-token"]
-    assert {"0.5", "3.0"} <= by_label["duplicate-token"]
+    assert "4.11" in by_label["previous_token"]
+    assert {"0.5", "3.0"} <= by_label["duplicate_token"]

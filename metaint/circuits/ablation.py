@@ -1,7 +1,7 @@
 """Taking parts out and looking at what becomes of a metric: `ablate`, for heads, MLPs, whole layers and sets of them.
 
 In: a model, tokens, parts and what stands in for them. Out: effects, the metric after minus before, with bootstrap
-intervals over sequences. Source of "pattern-preserving": Olsson et al. 2022, "In-context Learning and Induction Heads".
+intervals over sequences. Source of "pattern_preserving": Olsson et al. 2022, "In-context Learning and Induction Heads".
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,7 +51,7 @@ def ablate(
     - `how`: what stands in a part's place, at hook_z of heads (so that the bias b_O of their layer stays, which is no
       head's) and at hook_mlp_out of MLPs (biases and all):
       "zero"; "mean", its mean over all sequences and positions of `tokens`; "resample", what it gives in another of
-      the sequences at the same position (each is given once, by `seed`); "pattern-preserving", zero, with all later
+      the sequences at the same position (each is given once, by `seed`); "pattern_preserving", zero, with all later
       layers attending as they did before (Olsson et al. 2022), so that what is lost is what parts wrote and not where
       later heads look.
     - `metric`: "in_context_loss", "induction_accuracy", "next_token_loss" (`circuits.metrics`); a function

@@ -28,7 +28,7 @@ from metaint.scans.labels import heads_of, label_heads
 # The label of the heads that a circuit is traced around, and the metric.
 TARGETS = {
     "induction": ("induction", "in_context_loss"),
-    "previous_token": ("previous-token", "in_context_loss"),
+    "previous_token": ("previous_token", "in_context_loss"),
     "averaging": ("averaging", "next_token_loss"),
 }
 THRESHOLD = 0.02

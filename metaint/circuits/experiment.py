@@ -30,7 +30,7 @@ from metaint.models.tokens import check_tokens, encoded
 from metaint.probes.heads import HeadProbe
 from metaint.scanning.scan import default_tokens
 
-HOW = ("zero", "mean", "resample", "pattern-preserving")
+HOW = ("zero", "mean", "resample", "pattern_preserving")
 # Tokens that are run at once by default: enough to keep a CPU busy, and few enough for its caches and for logits.
 TOKENS = 4096
 
@@ -77,9 +77,9 @@ def set_up(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
     patterns = Patterns(metric, model) if isinstance(metric, ScanMetric) else None
-    if patterns is not None and how == "pattern-preserving":
+    if patterns is not None and how == "pattern_preserving":
         raise InputError(
-            f"how is 'pattern-preserving', and metric is {chosen.name!r}, read from the patterns that it keeps as they "
+            f"how is 'pattern_preserving', and metric is {chosen.name!r}, read from the patterns that it keeps as they "
             "were: choose zero, mean or resample."
         )
     if patterns is None and chosen.where is not None and not is_causal(model):
@@ -94,7 +94,7 @@ def set_up(
     batch_size = max(1, TOKENS // tokens.shape[1]) if batch_size is None else batch_size
     counted, weights = _counted(chosen, patterns, tokens, batch_size)
     donors = _cycle(len(tokens), seed) if how == "resample" else None
-    require(model, ["edit_z", *(("value_mix", "pattern_fires") if how == "pattern-preserving" else ())])
+    require(model, ["edit_z", *(("value_mix", "pattern_fires") if how == "pattern_preserving" else ())])
     require(model, () if patterns is None else HeadProbe.audits)
     why = begins_anywhere(model, progress)
     found = Experiment(model, tokens, how, chosen, batch_size, why, weights, patterns, at, donors, progress)
@@ -154,7 +154,7 @@ def batches(
     """Each batch of sequences, its clean pass, and what stands in for its parts; to be run within `steady`."""
     _learn_means(experiment, mlps)
     model, tokens = experiment.model, experiment.tokens
-    preserve = experiment.how == "pattern-preserving"
+    preserve = experiment.how == "pattern_preserving"
     for start in range(0, len(tokens), experiment.batch_size):
         rows = slice(start, min(start + experiment.batch_size, len(tokens)))
         places = places_of(experiment.metric, tokens[rows])
@@ -248,7 +248,7 @@ def variants_measured(
     for i in sorted(set(range(len(variants))) - set(changed)):
         yield i, measured(experiment, clean, clean.outcome)
     some, rows, anywhere = [variants[i] for i in changed], experiment.batch_size, not experiment.whole_passes
-    for i, outcome in outcomes(experiment.model, clean, some, rows, anywhere, experiment.how == "pattern-preserving"):
+    for i, outcome in outcomes(experiment.model, clean, some, rows, anywhere, experiment.how == "pattern_preserving"):
         yield changed[i], measured(experiment, clean, outcome)
 
 

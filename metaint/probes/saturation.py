@@ -44,7 +44,7 @@ class SaturationProbe(Probe):
     `positions` sampled positions of a sequence (position 0 never), under `metaint.attach` and `metaint.scan`.
 
     Unlike the scaling of all parameters that Merrill et al. 2021 (2010.09697) use (`metaint.saturate` with
-    `mode="all-params"`), this changes attention alone and means the same in every architecture. Where scores have a
+    `mode="all_params"`), this changes attention alone and means the same in every architecture. Where scores have a
     soft cap or a bias, both are within the scores that are scaled. With `gap_count`, `gap_odds` and
     `gap_tied_share`, `measures.saturation.predicted_variation` bounds the distance to saturated at any other kappa.
 

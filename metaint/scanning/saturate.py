@@ -51,7 +51,7 @@ def saturate(
     """Compare a model with itself at each of `scales`: of its attention scores, or of all its parameters.
 
     `mode="scores"` is a `SaturationProbe` with these kappas: attention alone changes, and the number means the same in
-    every architecture. `mode="all-params"` multiplies every parameter by c (`metaint.scaled`) and reads, at `positions`
+    every architecture. `mode="all_params"` multiplies every parameter by c (`metaint.scaled`) and reads, at `positions`
     sampled positions of a sequence:
 
     - (scale, layer): `similarity` of the stream after each block with the unscaled one, `similarity_null`,
@@ -62,7 +62,7 @@ def saturate(
       (`measures.saturation.EXPECTED_SLOPES`); `embedding_share`, ||x_0|| / ||x||: near 0, the token embedding has
       dropped out of the stream.
 
-    Read `all-params` with care: through a norm before each sublayer, as in GPT-2 and Llama, embeddings grow as c and
+    Read `all_params` with care: through a norm before each sublayer, as in GPT-2 and Llama, embeddings grow as c and
     sublayers as c³ or c⁵, so that at large c the embedding is gone and similarity measures that as much as saturation.
     The paper's models have the norm on a sublayer's output. Its c is 1000; 1024 is as good, and being a power of two
     needs no copy of the parameters. `faithful=True` (all-params) runs the published estimator beside it, at c = 1000
@@ -78,12 +78,12 @@ def saturate(
     tokens = encoded(model, tokens)
     if mode == "scores":
         if faithful:
-            raise InputError('faithful is True, and mode is "scores": the published estimator needs mode="all-params".')
+            raise InputError('faithful is True, and mode is "scores": the published estimator needs mode="all_params".')
         options = {"attention_mask": attention_mask, "batch_size": batch_size, "seed": seed, "progress": progress}
         probe = SaturationProbe(scales, positions=positions, seed=seed)
         return scan(model, tokens, [probe], attributes=facts, **options)
-    if mode != "all-params":
-        raise InputError(f'mode is {mode!r}: choose "scores" or "all-params".')
+    if mode != "all_params":
+        raise InputError(f'mode is {mode!r}: choose "scores" or "all_params".')
     checked, mask = check_tokens(model, tokens, attention_mask)
     sweep = _Sweep(model, _check_scales(model, scales, allow_folded), positions, seed, faithful, allow_folded)
     starts = range(0, len(checked), batch_size)

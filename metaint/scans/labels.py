@@ -11,9 +11,9 @@ from metaint.errors import InputError
 
 # Smallest score that earns each label. A head can earn several.
 THRESHOLDS: dict[str, float] = {
-    "previous-token": 0.4,
+    "previous_token": 0.4,
     "induction": 0.4,
-    "duplicate-token": 0.4,
+    "duplicate_token": 0.4,
     "sink": 0.5,
     "local": 0.6,
     "averaging": 0.8,
@@ -21,7 +21,7 @@ THRESHOLDS: dict[str, float] = {
 }
 MARGIN, DEVIATIONS = 0.1, 3.0
 # Labels that name the token a head looks for say more of a head than the shape of its rows does.
-SPECIFIC = ("induction", "previous-token", "duplicate-token")
+SPECIFIC = ("induction", "previous_token", "duplicate_token")
 # An averaging head departs from uniform at most this fraction of how far the model's typical head does.
 TYPICAL_DEPARTURE = 0.25
 COLUMNS = [
@@ -65,7 +65,7 @@ def label_heads(
     uniform attention scores on the same tokens and above the null mean; `deviations` null deviations above the null
     mean; and, given two sequences or more, a bootstrap interval above both. What each label reads:
 
-    - `previous-token`, `duplicate-token`: the scores of those names.
+    - `previous_token`, `duplicate_token`: the scores of those names.
     - `induction`: the stripe on repeated tokens; where the tokens do not repeat, `prefix_match`.
     - `sink`: `first_token`.
     - `local`: `local_mass`, unless more than half of it is on the previous or the current token alone.
@@ -132,8 +132,8 @@ def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
     """What each label rests on, for the labels whose measures the scan holds."""
     found = {}
     sources = {
-        "previous-token": "previous_token",
-        "duplicate-token": "duplicate_token",
+        "previous_token": "previous_token",
+        "duplicate_token": "duplicate_token",
         "sink": "first_token",
     }
     for label, name in sources.items():

@@ -153,7 +153,7 @@ def saturate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What becomes of MODEL as its attention scores, or all its parameters, are multiplied."""
-    check(mode in ("scores", "all-params"), f"--mode is {mode!r}: choose scores or all-params.")
+    check(mode in ("scores", "all_params"), f"--mode is {mode!r}: choose scores or all-params.")
     check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
     check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     check_page(figures)

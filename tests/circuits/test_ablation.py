@@ -145,7 +145,7 @@ def stands(model, tokens, how, donors):
     if how == "resample":
         return (lambda name: clean[name][donors]), None
     kept = {i: clean[f"blocks.{i}.attn.hook_pattern"] for i in range(model.cfg.n_layers)}
-    return (lambda name: 0.0), (kept if how == "pattern-preserving" else None)
+    return (lambda name: 0.0), (kept if how == "pattern_preserving" else None)
 
 
 def last_logit(logits, tokens):
@@ -154,7 +154,7 @@ def last_logit(logits, tokens):
 
 
 @pytest.mark.parametrize("positions", [None, [0], [3, 9]], ids=["everywhere", "first", "two"])
-@pytest.mark.parametrize("how", ["zero", "mean", "resample", "pattern-preserving"])
+@pytest.mark.parametrize("how", ["zero", "mean", "resample", "pattern_preserving"])
 @pytest.mark.parametrize("kind", [*available_kinds(), "pre", "output", "post", "parallel"])
 def test_every_part_at_positions_like_a_plain_pass(kind, how, positions):
     """Grouped queries, parallel blocks, norms that follow what an MLP writes, both directions: by run_with_hooks."""
@@ -284,7 +284,7 @@ def test_the_circuit_destroys_and_the_rest_does_not(planted, how):
 def test_patterns_preserved_tell_what_is_moved_from_where_it_is_looked_for(planted):
     """The previous-token head works through the induction head's keys alone, which the clean pattern keeps."""
     tokens = repeated_tokens(VOCAB, 20, batch=4)
-    found = ablate(planted, tokens, ["0.0", "1.0"], "pattern-preserving", sets=[["0.0", "1.0"]])
+    found = ablate(planted, tokens, ["0.0", "1.0"], "pattern_preserving", sets=[["0.0", "1.0"]])
     assert abs(float(found["effect"].sel(layer=0, head=0))) < 0.01
     assert float(found["effect"].sel(layer=1, head=0)) > 2
     assert float(found["set_effect"].sel(set="0.0+1.0")) > 2
@@ -322,11 +322,11 @@ def test_hooks_of_the_owner_stay_and_count(gpt2):
 
 def test_no_trace_is_left(gpt2):
     gpt2(TOKENS)
-    ablate(gpt2, TOKENS, how="pattern-preserving")
+    ablate(gpt2, TOKENS, how="pattern_preserving")
     gpt2.train()
     try:
         before, state = traces(gpt2), torch.random.get_rng_state()
-        for how in ("zero", "mean", "resample", "pattern-preserving"):
+        for how in ("zero", "mean", "resample", "pattern_preserving"):
             ablate(gpt2, TOKENS, how=how)
         assert traces(gpt2) == before
         assert torch.equal(torch.random.get_rng_state(), state)

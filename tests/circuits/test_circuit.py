@@ -48,7 +48,7 @@ def test_nodes_tell_of_labels_scores_and_effects(planted, traced):
     assert traced.nodes["logits"] == {"kind": "logits", "layer": 2}
     expected = ablate(planted, TOKENS, how="mean")
     scan = metaint.scan(planted, TOKENS)["heads"].to_dataset()
-    for layer, label in ((0, "previous-token"), (1, "induction")):
+    for layer, label in ((0, "previous_token"), (1, "induction")):
         node, at = traced.nodes[f"{layer}.0"], {"layer": layer, "head": 0}
         assert (node["kind"], node["layer"], node["head"]) == ("head", layer, 0)
         assert label in node["labels"].split(", ")
@@ -99,7 +99,7 @@ def test_the_papers_model_trained():
     assert {("0.0", "1.0"), ("1.0", "logits")} <= set(found.edges)
     assert found.edges["0.0", "1.0"]["by"] == "k"
     assert "induction" in found.nodes["1.0"]["labels"]
-    assert "previous-token" in found.nodes["0.0"]["labels"]
+    assert "previous_token" in found.nodes["0.0"]["labels"]
     assert found.graph["found"] is True
     accuracy = ablate(trained.model, tokens, metric="induction_accuracy")
     assert float(accuracy["clean"]) > 0.8
@@ -119,7 +119,7 @@ def test_an_untrained_model_has_none(gpt2, repeated):
 def test_around_previous_token_heads(planted):
     found = trace_circuit(planted, TOKENS, target="previous_token", random=10)
     assert list(found) == ["embedding", "0.0", "1.0", "logits"]
-    assert found.graph["target"] == "previous-token"
+    assert found.graph["target"] == "previous_token"
     assert found.graph["metric"] == "in_context_loss"
 
 
@@ -247,7 +247,7 @@ def test_bert_is_refused_in_a_sentence():
             {"target": "copying"},
             "target is 'copying': choose induction, previous_token, averaging, or give a function (logits, tokens).",
         ),
-        ({"how": "pattern-preserving"}, "how is 'pattern-preserving': choose one of zero, mean, resample."),
+        ({"how": "pattern_preserving"}, "how is 'pattern_preserving': choose one of zero, mean, resample."),
         (
             {"threshold": 1.5},
             "threshold is 1.5, most 16 and random 50: give a share between 0 and 1, and whole numbers of parts and of "

@@ -272,8 +272,8 @@ def test_bad_input(arguments, sentence):
         (scan_metric("entropy", heads=["0.9"]), "zero", "head is '0.9': name one from 0.0 to 1.3."),
         (
             scan_metric("entropy"),
-            "pattern-preserving",
-            "how is 'pattern-preserving', and metric is 'entropy of all heads', read from the patterns that it keeps "
+            "pattern_preserving",
+            "how is 'pattern_preserving', and metric is 'entropy of all heads', read from the patterns that it keeps "
             "as they were: choose zero, mean or resample.",
         ),
         (

@@ -30,7 +30,7 @@ def test_the_telling_heads_stand_in_the_table_and_in_the_report(monkeypatch, tmp
     monkeypatch.setattr(demo, "reference_inputs", lambda model, text, seed: inputs)
     demo.show_smollm2(terminal, "prose", 0, tmp_path / "demo.html")
     told, page = terminal.file.getvalue(), (tmp_path / "demo.html").read_text(encoding="utf-8")
-    named = {head: label for head, label in PLANTED.items() if label in ("induction", "previous-token")}
+    named = {head: label for head, label in PLANTED.items() if label in ("induction", "previous_token")}
     assert named
     for head, label in named.items():
         assert any(line.split()[:2] == [head, label] for line in told.splitlines())

@@ -305,7 +305,7 @@ def test_what_a_killed_process_leaves_is_whole(tmp_path):
     path, moments = tmp_path / "run.zarr", random.Random(0)
     command = [sys.executable, "-c", textwrap.dedent(CHILD), str(path)]
     place = {**os.environ, "TMPDIR": str(tmp_path)}  # where what it can't clean up after a kill is forgotten
-    child = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=place)
+    child = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=place)
     try:
         for i in range(12):  # a stopped process leaves on disk what a killed one would
             wait_for(path, 5 * i + 1, child)

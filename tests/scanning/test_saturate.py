@@ -21,7 +21,7 @@ FAR = (512.0, 1024.0)
 
 
 def sweep(model, tokens, scales=FAR, **arguments):
-    return metaint.saturate(model, tokens, scales, mode="all-params", **arguments)["saturation"].to_dataset()
+    return metaint.saturate(model, tokens, scales, mode="all_params", **arguments)["saturation"].to_dataset()
 
 
 def randomised(model, seed=0):
@@ -243,10 +243,10 @@ def test_overflow_names_the_hook_and_the_factor():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"mode": "both"}, 'choose "scores" or "all-params"'),
-        ({"scales": (-1.0, 2.0), "mode": "all-params"}, "scales has -1"),
-        ({"scales": (math.inf,), "mode": "all-params"}, "scales has inf"),
-        ({"scales": (1.0,), "mode": "all-params"}, "no factor other than 1"),
+        ({"mode": "both"}, 'choose "scores" or "all_params"'),
+        ({"scales": (-1.0, 2.0), "mode": "all_params"}, "scales has -1"),
+        ({"scales": (math.inf,), "mode": "all_params"}, "scales has inf"),
+        ({"scales": (1.0,), "mode": "all_params"}, "no factor other than 1"),
         ({"scales": (-1.0,)}, "kappas has -1"),
         ({"faithful": True}, 'mode is "scores"'),
     ],

@@ -125,7 +125,7 @@ def test_telling_heads_are_the_strongest_of_each_label_in_turn():
     assert telling_heads(heads, 3)[["head", "label"]].values.tolist() == [
         ["0.0", "induction"],
         ["0.1", "induction"],
-        ["0.3", "previous-token"],
+        ["0.3", "previous_token"],
     ]
     assert telling_heads(heads, 9)["head"].tolist() == ["0.0", "0.1", "0.2", "0.3"]
     with pytest.raises(InputError, match="most is 0"):

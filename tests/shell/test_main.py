@@ -314,7 +314,7 @@ def test_an_export_for_headvis_replaces_nothing_else(run, store, tmp_path):
 
 
 def test_saturate(run, folder, tmp_path):
-    asked = ("saturate", folder, "--mode", "all-params", "--scales", "1,8", "--faithful", "--tokens", 200)
+    asked = ("saturate", folder, "--mode", "all_params", "--scales", "1,8", "--faithful", "--tokens", 200)
     code, out, _ = run(*asked, "--out", tmp_path / "s.zarr", "--figures", tmp_path / "p.html")
     assert code == 0
     assert "all parameters times a scale" in out
@@ -330,7 +330,7 @@ def test_saturate(run, folder, tmp_path):
         (["--mode", "both"], "--mode is 'both': choose scores or all-params."),
         (["--scales", "1,x"], "--scales is '1,x': join numbers by commas, such as 1,2,4,inf."),
         (["--scales", "-1"], "kappas has -1: a factor of the scores must be 0 or more."),
-        (["--faithful"], 'faithful is True, and mode is "scores": the published estimator needs mode="all-params".'),
+        (["--faithful"], 'faithful is True, and mode is "scores": the published estimator needs mode="all_params".'),
         (["--figures", "page"], "--figures is page: give it a name that ends in .html."),
     ],
 )

@@ -35,7 +35,7 @@ def test_labels_and_report_are_those_of_the_functions(tmp_path):
     scan = planted()
     pd.testing.assert_frame_equal(scan.metaint.labels(), metaint.label_heads(scan))
     path = scan.metaint.report(tmp_path / "r.html")
-    assert "previous-token" in path.read_text()
+    assert "previous_token" in path.read_text()
     with pytest.raises(InputError, match="no group that can be drawn"):
         xr.DataTree().metaint.report(path)
 

@@ -23,8 +23,8 @@ _MAIN = (
 )  # fmt: skip
 # The score on whose map each label is marked; that of "induction" depends on the tokens.
 _MARKED_ON = {
-    "previous-token": "previous_token",
-    "duplicate-token": "duplicate_token",
+    "previous_token": "previous_token",
+    "duplicate_token": "duplicate_token",
     "sink": "first_token",
     "local": "local_mass",
     "averaging": "averaging",

@@ -138,7 +138,7 @@ def print_telling(console: Console, scan: xr.DataTree, on_text: xr.DataTree, mos
 def print_births(console: Console, births: xr.DataTree, since: Mapping[tuple[str, str], int]) -> None:
     """How two scores of the heads that hold such a label at the end grew over the checkpoints, and since when."""
     heads, training = births["heads"].to_dataset(), births["training"].to_dataset()
-    wanted = {"previous-token": "previous_token", "induction": "induction"}
+    wanted = {"previous_token": "previous_token", "induction": "induction"}
     followed = sorted((head, label) for head, label in since if label in wanted)
     if not followed:
         console.print("No head holds the previous-token or the induction label at the end.\n")

@@ -53,7 +53,7 @@ def random_circuit(layers, heads, mlps, edges, seed=0):
     """So many heads and MLPs anywhere, and paths between them; one in ten is harmful."""
     rng = np.random.default_rng(seed)
     graph = empty(layers)
-    labels = ("", "sink", "induction", "previous-token", "argmax, induction")
+    labels = ("", "sink", "induction", "previous_token", "argmax, induction")
     for i in rng.permutation(layers * 64)[:heads]:
         scores = dict(zip(SCORES, rng.random(len(SCORES)).tolist(), strict=True))
         add_head(graph, f"{i // 64}.{i % 64}", _share(rng), str(rng.choice(labels)), **scores)
@@ -70,7 +70,7 @@ def wide(count=40):
     """So many heads in one layer."""
     rng = np.random.default_rng(0)
     graph = empty(4)
-    add_head(graph, "0.3", 0.5, "previous-token")
+    add_head(graph, "0.3", 0.5, "previous_token")
     add_head(graph, "3.2", 0.1)
     _join(graph, "embedding", "0.3", rng)
     _join(graph, "3.2", "logits", rng)

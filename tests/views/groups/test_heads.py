@@ -90,7 +90,7 @@ def test_labelled_heads_are_marked_on_the_map_that_earned_it(repeats):
     assert next(iter(maps)) == first
     labels = metaint.label_heads(scan).query("label != 'none'")
     marked = dots_of(figure)
-    earned = {"induction": first, "previous-token": "previous_token", "sink": "first_token"}
+    earned = {"induction": first, "previous_token": "previous_token", "sink": "first_token"}
     assert set(labels["label"]) == set(earned)
     for label, score in earned.items():
         rows = labels[labels["label"] == label]

@@ -71,7 +71,7 @@ def test_a_run_has_a_panel_for_each_thing_recorded():
             np.testing.assert_array_equal(line.y, scalars[name].values)
     labels = drawn(figure, "labelled heads")
     assert {name: line.y.tolist() for name, line in labels.items()} == {
-        name: [0, 0, 0, 1, 1] for name in ("previous-token", "induction", "sink")
+        name: [0, 0, 0, 1, 1] for name in ("previous_token", "induction", "sink")
     }
     norm, fit = drawn(figure, "norm of the parameters").values()
     np.testing.assert_array_equal(norm.y, tree["weights"][NORM].values)
@@ -103,7 +103,7 @@ def test_all_panels_share_an_axis_of_roots_of_steps():
 def test_several_runs_keep_their_colours_where_one_lacks_a_part():
     bare = recording(training=False, saturation=False)
     figure = metaint.plot_training({"<b>bare</b>": bare, "whole": recording(2), "same": recording(3)})
-    labels = [f"{label} heads" for label in ("previous-token", "induction", "sink")]
+    labels = [f"{label} heads" for label in ("previous_token", "induction", "sink")]
     assert titles_of(figure) == TITLES[:3] + labels + TITLES[4:] + LAYERS
     colours = {}
     for trace in figure.data:
