@@ -65,7 +65,7 @@ def saturate(
     Read `all_params` with care: through a norm before each sublayer, as in GPT-2 and Llama, embeddings grow as c and
     sublayers as c³ or c⁵, so that at large c the embedding is gone and similarity measures that as much as saturation.
     The paper's models have the norm on a sublayer's output. Its c is 1000; 1024 is as good, and being a power of two
-    needs no copy of the parameters. `faithful=True` (all-params) runs the published estimator beside it, at c = 1000
+    needs no copy of the parameters. `faithful=True` (all_params) runs the published estimator beside it, at c = 1000
     and with the mask of the published script, which multiplies scores by 0 where it should hide them: (layer)
     `similarity_published` over all tokens, (layer, head) `attended_mean`, `attended_std`, `attended_split`, the counts
     of positions with a weight above 1e-5 that Figure 3 shows, and the same with `_causal` under a true mask.

@@ -133,11 +133,11 @@ def scan(
 def saturate(
     model: Model,
     mode: Annotated[
-        str, typer.Option(help="Scale the attention scores, or all-params (Merrill et al. 2021).")
+        str, typer.Option(help="Scale the attention scores, or all_params (Merrill et al. 2021).")
     ] = "scores",
     scales: Annotated[str, typer.Option(help="Factors, joined by commas; inf for scores alone.")] = "",
     faithful: Annotated[
-        bool, typer.Option("--faithful", help="With all-params: the published script's mask and counts too.")
+        bool, typer.Option("--faithful", help="With all_params: the published script's mask and counts too.")
     ] = False,
     text: Annotated[Path | None, typer.Option(help="Read windows of this text; else repeated random tokens.")] = None,
     length: Annotated[int, typer.Option(help="Window length for --text, in tokens.")] = 128,
@@ -153,7 +153,7 @@ def saturate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What becomes of MODEL as its attention scores, or all its parameters, are multiplied."""
-    check(mode in ("scores", "all_params"), f"--mode is {mode!r}: choose scores or all-params.")
+    check(mode in ("scores", "all_params"), f"--mode is {mode!r}: choose scores or all_params.")
     check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
     check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     check_page(figures)

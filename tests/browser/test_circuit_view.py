@@ -181,7 +181,7 @@ def test_no_text_overlaps_or_leaves_its_box(open_page, screenshots, name, scheme
 
 def test_wide_names_stay_in_their_boxes(open_page, screenshots):
     graph = empty()
-    for i, label in enumerate(["W" * 30, "漢字" * 20, "i" * 40, "previous-token, sink, induction", "MMWW mmww"]):
+    for i, label in enumerate(["W" * 30, "漢字" * 20, "i" * 40, "previous_token, sink, induction", "MMWW mmww"]):
         add_head(graph, f"0.{10**i}", 0.1, label)
     page = open_page(show_circuit(graph).html)
     assert page.evaluate(CLASHES) == []

@@ -365,7 +365,7 @@ def test_bert_is_refused_in_a_sentence():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"how": "noise"}, "how is 'noise': choose one of zero, mean, resample, pattern-preserving."),
+        ({"how": "noise"}, "how is 'noise': choose one of zero, mean, resample, pattern_preserving."),
         ({"parts": ["2.0"]}, f"parts has '2.0': name {CHOICES}."),
         ({"parts": ["mlp 2"]}, f"parts has 'mlp 2': name {CHOICES}."),
         ({"sets": [["0.1", "attn two"]]}, f"sets has 'attn two': name {CHOICES}."),

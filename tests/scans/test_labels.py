@@ -75,7 +75,7 @@ def test_the_typical_head_is_the_median_of_layers_with_the_same_window(repeated_
 def test_thresholds_are_arguments(repeated_scan):
     eager = metaint.label_heads(repeated_scan, {"local": 0.0}, margin=-1, deviations=-100)
     assert len(pairs(eager)) > len(pairs(metaint.label_heads(repeated_scan)))
-    with pytest.raises(InputError, match="thresholds names 'previous': the labels are previous-token"):
+    with pytest.raises(InputError, match="thresholds names 'previous': the labels are previous_token"):
         metaint.label_heads(repeated_scan, {"previous": 0.1})
 
 

@@ -327,7 +327,7 @@ def test_saturate(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--mode", "both"], "--mode is 'both': choose scores or all-params."),
+        (["--mode", "both"], "--mode is 'both': choose scores or all_params."),
         (["--scales", "1,x"], "--scales is '1,x': join numbers by commas, such as 1,2,4,inf."),
         (["--scales", "-1"], "kappas has -1: a factor of the scores must be 0 or more."),
         (["--faithful"], 'faithful is True, and mode is "scores": the published estimator needs mode="all_params".'),

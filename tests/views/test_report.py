@@ -148,7 +148,7 @@ def test_a_recording_is_drawn_over_its_steps_and_at_the_last(scan, tmp_path):
     page = write_report(recorded(planted()), tmp_path / "r.html").read_text()
     assert "Labelled heads at step 10" in page
     assert "2, from 0 to 10" in page
-    assert "previous-token</td>" in page
+    assert "previous_token</td>" in page
     birth = figures_of(birth_recording())["training"]["training"]
     assert birth.layout.title.text == "Birth of an induction head"
 

@@ -38,7 +38,7 @@ def add_head(graph, name, share=0.1, labels="", **attributes):
 def small():
     """A previous-token head that an induction head reads by its keys."""
     graph = empty()
-    add_head(graph, "0.0", 1.42, "argmax, previous-token", previous_token=0.725)
+    add_head(graph, "0.0", 1.42, "argmax, previous_token", previous_token=0.725)
     add_head(graph, "1.0", 0.998, "induction", induction=0.663, effective_keys=2.93, distance_mean=28.4)
     graph.add_edge("embedding", "0.0", by="v", effect_v=7.0, **effect(1.4))
     graph.add_edge("embedding", "1.0", by="q", effect_q=5.0, **effect(1.0))

@@ -74,7 +74,7 @@ def test_titles_and_hover_tell_baselines():
     assert "<b>previous token</b> · uniform 0.030" in titles_of(figure)
     assert "<b>entropy</b> · uniform 1.000" in titles_of(figure)
     told = maps_of(figure)["previous_token"].customdata[0][1]
-    assert told == ("head 0.1: 0.900 (0.890 to 0.910)<br>uniform 0.030<br>null 0.040 ± 0.010<br><b>previous-token</b>")
+    assert told == ("head 0.1: 0.900 (0.890 to 0.910)<br>uniform 0.030<br>null 0.040 ± 0.010<br><b>previous_token</b>")
     assert "null" not in maps_of(figure)["entropy"].customdata[0][1]
     windowed = planted()
     windowed["heads"]["local_mass_uniform"][1:] = 0.5
