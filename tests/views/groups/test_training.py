@@ -71,7 +71,7 @@ def test_a_run_has_a_panel_for_each_thing_recorded():
             np.testing.assert_array_equal(line.y, scalars[name].values)
     labels = drawn(figure, "labelled heads")
     assert {name: line.y.tolist() for name, line in labels.items()} == {
-        name: [0, 0, 0, 1, 1] for name in ("previous_token", "induction", "sink")
+        name: [0, 0, 0, 1, 1] for name in ("previous token", "induction", "sink")
     }
     norm, fit = drawn(figure, "norm of the parameters").values()
     np.testing.assert_array_equal(norm.y, tree["weights"][NORM].values)
