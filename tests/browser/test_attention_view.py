@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from metaint.views.attention import canvas
-from metaint.views.attention import patterns as attention
+from metaint.views.attention import canvas, patterns as attention
 from metaint.views.attention.canvas import attention_canvas, canvas_script
 from metaint.views.attention.patterns import show_attention, show_tokens
 from metaint.views.drawing.view import View

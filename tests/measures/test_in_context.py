@@ -6,8 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from jaxtyping import install_import_hook
 
 from metaint.errors import InputError

@@ -23,8 +23,7 @@ import metaint
 from metaint import HeadProbe
 from metaint.errors import InputError, StoreError
 from metaint.probes.residual import ResidualProbe
-from metaint.scanning import record_store as records
-from metaint.scanning import recorder as recording
+from metaint.scanning import record_store as records, recorder as recording
 from metaint.scanning.recorder import Recorder, read_recording
 from metaint.tasks import repeated_tokens
 from tests.builders import available_kinds, build

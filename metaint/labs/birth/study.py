@@ -130,8 +130,7 @@ def run(
 
 def birth_figures(out: str | Path, found: Findings, text: str | None = None) -> dict[str, Any]:
     """The figures of a study by name; of single models, those of its first run."""
-    from metaint.labs.birth import figures as views
-    from metaint.labs.birth import pictures
+    from metaint.labs.birth import figures as views, pictures
 
     plain = {name: tree for name, tree in found.recordings.items() if not found.settings[name].frozen}
     frozen = {name: frozen_steps(found.settings[name].frozen) for name in found.recordings if name not in plain}

@@ -11,8 +11,7 @@ import xarray as xr
 from rich.console import Console
 
 from metaint.errors import InputError, StoreError
-from metaint.labs.autoregression import study as lab
-from metaint.labs.autoregression import training
+from metaint.labs.autoregression import study as lab, training
 from metaint.labs.autoregression.comparison import _use, _with_products, compare, coupled_loss, products, step_of
 from metaint.labs.autoregression.findings import four, last_line, over_seeds
 from metaint.labs.autoregression.run import RECORDING, run_model, train_run

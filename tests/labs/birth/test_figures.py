@@ -8,8 +8,7 @@ import torch
 import xarray as xr
 
 from metaint.errors import InputError
-from metaint.labs.birth import figures as birth
-from metaint.labs.birth import pictures
+from metaint.labs.birth import figures as birth, pictures
 from metaint.toys.memory_transformer import memory_transformer, write_induction_head
 from metaint.views.drawing.page import write_page
 from metaint.views.drawing.panels import COLOURS, GREY

@@ -12,9 +12,7 @@ from rich.console import Console
 
 from metaint.errors import InputError, StoreError
 from metaint.labs.common.side_by_side import Diverged
-from metaint.labs.norm_growth import findings as norm_findings
-from metaint.labs.norm_growth import run as norm_training
-from metaint.labs.norm_growth import study as norm_growth
+from metaint.labs.norm_growth import findings as norm_findings, run as norm_training, study as norm_growth
 from metaint.labs.norm_growth.findings import block_steps, describe, slopes_of
 from metaint.labs.norm_growth.run import characters, seconds, settings_of, trained_model
 from metaint.labs.norm_growth.study import Settings, study, train_run
