@@ -21,7 +21,7 @@ from metaint.circuits.parts import all_heads
 from metaint.circuits.scan_metrics import ScanMetric
 from metaint.errors import InputError
 from metaint.models.describe import facts_of
-from metaint.models.memory import head_of
+from metaint.models.heads import head_of
 
 # A circuit beats random ones if at most this share of them does as well.
 LEVEL = 0.05

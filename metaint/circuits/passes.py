@@ -31,7 +31,8 @@ from metaint.circuits.clean import (
 )
 from metaint.models.audit import holds
 from metaint.models.describe import sublayers_of
-from metaint.models.invariants import bias_of, repeat_heads
+from metaint.models.heads import repeat_heads
+from metaint.models.invariants import bias_of
 
 
 class Variant(NamedTuple):

@@ -17,8 +17,8 @@ from metaint.errors import InputError
 from metaint.measures.attention import HEAD_MEASURES, Measure
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import is_causal
+from metaint.models.heads import head_of
 from metaint.models.invariants import pattern_hook
-from metaint.models.memory import head_of
 from metaint.probes.heads import HeadProbe, Plan, check_rows
 from metaint.probes.probe import Hook, quietly
 from metaint.probes.stream import precise

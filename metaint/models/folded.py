@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaint.measures.inner import Norm
-from metaint.models.invariants import Pair, Trial, bias_of, repeat_heads, thin_heads
+from metaint.models.heads import repeat_heads, thin_heads
+from metaint.models.invariants import Pair, Trial, bias_of
 from metaint.models.reading import Unavailable, random_tokens, read, tolerance, untouched, widen
 from metaint.models.readout import norm_of
 

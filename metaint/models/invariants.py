@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metaint.models.describe import is_causal
+from metaint.models.heads import repeat_heads, thin_heads
 from metaint.models.reading import Reading, Unavailable, widen
 from metaint.models.readout import final_norm_of, readout_of, setting
 
@@ -246,16 +247,6 @@ def unembedding(trial: Trial) -> Iterator[Pair]:
     last = trial.reading[f"blocks.{trial.layers[-1]}.hook_resid_post"]
     logits = readout_of(trial.model).logits(last.flatten(0, 1))
     yield Pair("W_U", widen(trial.reading.logits).flatten(0, 1), logits)
-
-
-def repeat_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
-    """Grouped key and value heads, each repeated for the query heads that share it."""
-    return tensor.repeat_interleave(heads // tensor.shape[dim], dim) if tensor.shape[dim] < heads else tensor
-
-
-def thin_heads(weight: Tensor, heads: int) -> Tensor:
-    """One of each group of repeated heads: HookedTransformer's W_K repeats what its hook_k holds once."""
-    return weight[:: weight.shape[0] // heads] if weight.shape[0] > heads else repeat_heads(weight, heads, 0)
 
 
 def bias_of(model: Any, name: str, layer: int, like: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from metaint.errors import InputError
 from metaint.measures import memory
 from metaint.measures.memory import Recall
 from metaint.models.audit import require
-from metaint.models.describe import check_open
 from metaint.models.folded import FoldedWeights, folded_layers, normalised
+from metaint.models.heads import head_of
 from metaint.models.invariants import score_scale
 from metaint.models.reading import Unavailable, untouched, widen
 from metaint.models.readout import readout_of
@@ -195,19 +195,6 @@ def key_composition_recall(model: Any, head: str, head_to: str, **options: Any) 
     pair = head_of(model, head), head_of(model, head_to)
     require(model, ["attention_input", "output_sum"])
     return Memories(model, **options).key_composition(*pair)
-
-
-def head_of(model: Any, name: str) -> tuple[int, int]:
-    """Layer and head of a name such as "5.1"; InputError for one that the model hasn't."""
-    check_open(model)
-    layers, heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    try:
-        layer, head = (int(part) for part in str(name).split("."))
-    except ValueError:
-        layer, head = -1, -1
-    if not (0 <= layer < layers and 0 <= head < heads):
-        raise InputError(f"head is {name!r}: name one from 0.0 to {layers - 1}.{heads - 1}.")
-    return layer, head
 
 
 def _chosen(model: Any, tokens: int | Sequence[int], seed: int) -> Int[Tensor, " token"]:

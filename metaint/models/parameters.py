@@ -1,6 +1,6 @@
-"""The parameters a model computes with: each once, by a readable name, and the part of the model it belongs to.
+"""The parameters a model computes with: each once, by a readable name, and its place in the model.
 
-In: a model. Out: `own_parameters`, `part_of`, and `scaled`, which multiplies parameters for a while. Bridges keep the
+In: a model. Out: `own_parameters`, `place_of`, and `scaled`, which multiplies parameters for a while. Bridges keep the
 fused projections they were split from (`qkv` beside q, k, v), in GPT-2 as the same memory, in GPT-NeoX as a stale copy.
 """
 
@@ -27,8 +27,8 @@ _ATTENTION = re.compile(r"^(attn|self_attn|attention|self_attention|self)$")
 _QUERY_KEY = re.compile(r"^(q|k|q_proj|k_proj|query|key|q_norm|k_norm|W_Q|W_K|_W_K|b_Q|b_K|_b_K)$")
 
 
-class Part(NamedTuple):
-    """Where a parameter belongs: its layer (None outside the blocks), and the kind of part."""
+class Place(NamedTuple):
+    """Where a parameter belongs: its layer (None outside the blocks), and what it serves there."""
 
     layer: int | None
     kind: Literal["attention", "mlp", "norm", "embedding", "unembedding"]
@@ -42,15 +42,14 @@ def own_parameters(model: Any) -> dict[str, Tensor]:
         known = {id(parameter) for parameter in named.values()}
         named.update({n: p for n, p in wrapped.named_parameters() if id(p) not in known})
     readable = {name.replace("_original_component.", ""): parameter for name, parameter in named.items()}
-    found: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
     for name, parameter in readable.items():
-        place = (parameter.data_ptr(), parameter.shape, parameter.stride())
-        if place in seen or _is_stale(name, readable):
-            continue
-        seen.add(place)
-        found[name] = parameter
-    return found
+        memory = (parameter.data_ptr(), parameter.shape, parameter.stride())
+        if memory not in seen and not _is_stale(name, readable):
+            seen.add(memory)
+            own[name] = parameter
+    return own
 
 
 def _is_stale(name: str, names: dict[str, Any]) -> bool:
@@ -62,22 +61,23 @@ def _is_stale(name: str, names: dict[str, Any]) -> bool:
     return False
 
 
-def part_of(name: str) -> Part:
-    """The part that a parameter of this name belongs to."""
+def place_of(name: str) -> Place:
+    """The place that a parameter of this name tells."""
     path = name.split(".")
     layer = next((int(after) for piece, after in pairwise(path) if piece == "blocks"), None)
     if any(_NORM.search(piece) for piece in path[:-1]):
-        return Part(layer, "norm")
+        return Place(layer, "norm")
     if layer is None:
-        unembedding = any("unembed" in piece or piece in ("mlm_head", "lm_head") for piece in path)
-        return Part(None, "unembedding" if unembedding else "embedding")
+        unembeds = any("unembed" in piece or piece in ("mlm_head", "lm_head") for piece in path)
+        return Place(None, "unembedding" if unembeds else "embedding")
     inside = path[path.index("blocks") + 2 :]
-    return Part(layer, "attention" if any(_ATTENTION.match(piece) for piece in inside) else "mlp")
+    in_attention = any(_ATTENTION.match(piece) for piece in inside)
+    return Place(layer, "attention" if in_attention else "mlp")
 
 
 def chosen(model: Any, select: Select = "all", *, allow_folded: bool = False) -> dict[str, Tensor]:
     """The parameters that `select` names: "all", "attention" (what makes queries and keys), or a function of name and
-    parameter. InputError where there are none, or where they can't be scaled to any purpose."""
+    parameter. InputError where there are none, or where they cannot be scaled to any purpose."""
     check_open(model)
     named = own_parameters(model)
     if select == "all":
@@ -86,18 +86,18 @@ def chosen(model: Any, select: Select = "all", *, allow_folded: bool = False) ->
                 "model has its norms folded into its weights, and scaling those scales other parameters than it was "
                 "trained with: open it with raw weights, or pass allow_folded=True."
             )
-        found = named
+        selected = named
     elif select == "attention":
-        found = {n: p for n, p in named.items() if any(_QUERY_KEY.match(piece) for piece in n.split("."))}
+        selected = {n: p for n, p in named.items() if any(_QUERY_KEY.match(piece) for piece in n.split("."))}
     elif callable(select):
-        found = {name: parameter for name, parameter in named.items() if select(name, parameter)}
+        selected = {name: parameter for name, parameter in named.items() if select(name, parameter)}
     else:
         raise InputError(f'select is {select!r}: choose "all", "attention", or a function of name and parameter.')
-    if not found:
+    if not selected:
         raise InputError(f"select chose none of the model's {len(named)} parameters, such as {next(iter(named), '')}.")
-    if why := quantised(model, found):
-        raise InputError(f"model has quantised weights ({why}), which can't be scaled: open it in float32 or float64.")
-    return found
+    if why := quantised(model, selected):
+        raise InputError(f"model has quantised weights ({why}), which cannot be scaled: open it in float32 or float64.")
+    return selected
 
 
 def quantised(model: Any, parameters: Mapping[str, Tensor]) -> str:
@@ -111,25 +111,38 @@ def quantised(model: Any, parameters: Mapping[str, Tensor]) -> str:
 def scaled(model: Any, c: float, select: Select = "all", *, allow_folded: bool = False) -> Iterator[Any]:
     """Multiply parameters by `c` inside the block; afterwards, also after an exception, they are bit for bit as before.
 
-    `select` is "all" (every parameter, as Merrill et al. 2021 do), "attention" (what makes queries and keys, so that
-    scores grow as c²: weights, biases, and the gains of norms on queries and keys), or a function of a parameter's name
-    and the parameter. Tied weights are multiplied once. Gemma's norms, whose gain is 1 + w, get c (1 + w). Rotary
-    tables, ALiBi slopes and soft caps are no parameters and stay. Yields the model.
+    Yields the model. Do not train inside the block.
 
-    By a power of two, parameters are multiplied and divided in place, which loses nothing; any tensor that would lose
-    something (and all of them, for another `c`) is kept until the end, so at most what is scaled exists twice. Don't
-    train inside the block. Raises InputError for a `c` that is not a finite number above 0, for an empty selection,
-    for quantised weights and, with "all", for folded ones.
+    - `select`: "all" (every parameter, as Merrill et al. 2021 do); "attention" (what makes queries and keys, so that
+      scores grow as c²: weights, biases, and the gains of norms on queries and keys); or a function of a parameter's
+      name and the parameter.
+    - `allow_folded`: scale weights that norms were folded into all the same.
+
+    Tied weights are multiplied once. Gemma's norms, whose gain is 1 + w, get c (1 + w). Rotary tables, ALiBi slopes and
+    soft caps are no parameters and stay. By a power of two, parameters are multiplied and divided in place, which loses
+    nothing; any tensor that would lose something (and all of them, for another `c`) is copied until the end, so that at
+    most what is scaled exists twice.
+
+    Raises InputError for a `c` that is not a finite number above 0, for an empty selection, for quantised weights and,
+    with "all", for folded ones.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=1, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> before = model.W_Q.norm()
+    >>> with metaint.scaled(model, 2.0):
+    ...     torch.equal(model.W_Q.norm(), 2 * before)
+    True
     """
     if not 0 < c < float("inf"):
-        raise InputError(f"c is {c}: it must be a finite number above 0.")
+        raise InputError(f"c is {c}: give a finite number above 0.")
     parameters = chosen(model, select, allow_folded=allow_folded)
     offset = bool(getattr(model.cfg, "rmsnorm_uses_offset", False))
     undo: list[tuple[Tensor, Tensor | None]] = []
     try:
         with torch.no_grad():
             for name, parameter in parameters.items():
-                shift = 1.0 if offset and part_of(name).kind == "norm" else 0.0
+                shift = 1.0 if offset and place_of(name).kind == "norm" else 0.0
                 if c == 1:
                     continue
                 if not shift and _is_lossless(parameter, c):

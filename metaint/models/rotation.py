@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaint.models.invariants import pattern_of, repeat_heads
+from metaint.models.heads import repeat_heads
+from metaint.models.invariants import pattern_of
 from metaint.models.reading import Reading, Unavailable, random_tokens, read, untouched
 from metaint.models.readout import setting
 

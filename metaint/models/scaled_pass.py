@@ -14,7 +14,8 @@ from torch import Tensor
 
 from metaint.errors import ActivationError
 from metaint.measures import norms, saturation
-from metaint.models.invariants import pattern_hook, repeat_heads, scores_of
+from metaint.models.heads import repeat_heads
+from metaint.models.invariants import pattern_hook, scores_of
 from metaint.models.parameters import scaled
 
 _WRITES = {"hook_attn_out": "attn_write", "hook_mlp_out": "mlp_write"}

@@ -15,7 +15,7 @@ from metaint.errors import InputError
 from metaint.measures import recurrence
 from metaint.measures.autoregression import Commuting
 from metaint.models.audit import require
-from metaint.models.invariants import repeat_heads
+from metaint.models.heads import repeat_heads
 
 
 def structure(model: Any, basis: Inexact[Tensor, "d_model d_model"] | None = None) -> xr.Dataset:

@@ -22,8 +22,9 @@ from metaint.measures.sharpening import blocks, mix, row_statistics
 from metaint.measures.tile import TAUS, Context
 from metaint.models.audit import holds, require
 from metaint.models.describe import Shape
+from metaint.models.heads import repeat_heads
 from metaint.models.inputs import InputWatch
-from metaint.models.invariants import pattern_of, repeat_heads, score_hooks
+from metaint.models.invariants import pattern_of, score_hooks
 from metaint.probes.probe import Probe, quietly, shaped
 from metaint.probes.stream import Rows, precise
 

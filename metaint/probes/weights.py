@@ -18,9 +18,9 @@ from metaint.measures.composition import composition, composition_chance, read_f
 from metaint.models.audit import holds
 from metaint.models.describe import Shape, weight_processing
 from metaint.models.folded import folded_layers
+from metaint.models.heads import repeat_heads
 from metaint.models.inputs import InputWatch
-from metaint.models.invariants import repeat_heads
-from metaint.models.parameters import own_parameters, part_of, quantised
+from metaint.models.parameters import own_parameters, place_of, quantised
 from metaint.probes.probe import Hook, Probe, quietly, shaped
 
 PARTS = ("attention", "mlp", "norm")
@@ -229,7 +229,7 @@ def _require_same(previous: dict[str, Tensor], parameters: dict[str, Tensor]) ->
 
 def _place_of(name: str, n_layers: int) -> int:
     """Where a parameter is summed: the part of its layer, or one of the places outside the blocks."""
-    layer, kind = part_of(name)
+    layer, kind = place_of(name)
     if layer is not None:
         return len(PARTS) * layer + PARTS.index(kind)
     if kind == "norm":  # BERT and BLOOM have one on their embeddings

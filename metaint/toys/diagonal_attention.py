@@ -8,12 +8,13 @@ tensors saved there).
 from typing import Any
 
 import torch
+from einops import einsum, rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
 from metaint.measures.autoregression import DiagonalModel, diagonal_solution
-from metaint.toys.linear_attention import VectorModel, check_sizes, vector_config
-from metaint.toys.small import _Part
+from metaint.toys.parts import MIX, SCORES, Hooked, check_sizes
+from metaint.toys.vector_model import VectorModel, vector_config
 
 
 def diagonal_attention(
@@ -72,7 +73,7 @@ def orthogonal_minimum(
 class DiagonalAttention(VectorModel):
     """What the functions of this file make: one layer of diagonal heads, without residual connection.
 
-    Of s_1 ... s_T [batch, T, d] it predicts s_{T+1} at each position T, with s_{T-1} as the query:
+    From s_1 ... s_T [batch, T, d] it predicts s_{T+1} at each position T, with s_{T-1} as the query:
     prediction_i = sum_{t <= T} p_t s_{t,i} sum_j C_ij conj(s_{T-1,j}) s_{t,j}, with C = b^T a. Position 1 has no query
     and predicts 0. `P` is laid out as in the authors' code: row t (from 0) belongs to the query at position t and has
     the keys up to t + 1, so that p is P[T-2, :T]; what lies further right, and the last row, counts for nothing.
@@ -83,10 +84,12 @@ class DiagonalAttention(VectorModel):
     them to passes on real sequences alone.
     """
 
-    a, b, P = (property(lambda model, name=name: getattr(model.blocks[0].attn, name)) for name in ("a", "b", "P"))
+    a: Any = property(lambda model: model.blocks[0].attn.a)
+    b: Any = property(lambda model: model.blocks[0].attn.b)
+    P: Any = property(lambda model: model.blocks[0].attn.P)
 
 
-class _DiagonalBlock(_Part):
+class _DiagonalBlock(Hooked):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg, "resid_pre attn_out resid_post")
         self.attn = _DiagonalHeads(cfg)
@@ -95,7 +98,7 @@ class _DiagonalBlock(_Part):
         return self.hook_resid_post(self.hook_attn_out(self.attn(self.hook_resid_pre(stream))))
 
 
-class _DiagonalHeads(_Part):
+class _DiagonalHeads(Hooked):
     def __init__(self, cfg: Any) -> None:
         weights = {"a": "n_heads d_head", "b": "n_heads d_head", "P": "n_ctx n_ctx"}
         super().__init__(cfg, "q k v attn_scores pattern z out", **weights)
@@ -103,13 +106,13 @@ class _DiagonalHeads(_Part):
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
         before = F.pad(x[:, :-1], (0, 0, 1, 0))
-        q = self.hook_q(before.conj()[:, :, None] * self.a)
-        k = self.hook_k(x[:, :, None].expand(-1, -1, len(self.a), -1))
-        v = self.hook_v(x[:, :, None] * self.b)
-        scores = self.hook_attn_scores(torch.einsum("bqhd,bkhd->bhqk", q, k).tril())
+        q = self.hook_q(rearrange(before.conj(), "batch position d -> batch position 1 d") * self.a)
+        k = self.hook_k(repeat(x, "batch position d -> batch position head d", head=len(self.a)))
+        v = self.hook_v(rearrange(x, "batch position d -> batch position 1 d") * self.b)
+        scores = self.hook_attn_scores(einsum(q, k, SCORES).tril())
         weights = F.pad(self.P, (0, 0, 1, 0))[:length, :length]
         pattern = self.hook_pattern(scores * weights)
-        return self.hook_out(self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v)).sum(2))
+        return self.hook_out(self.hook_z(einsum(pattern, v, MIX)).sum(2))
 
 
 def _write(model: DiagonalAttention, a: Tensor, b: Tensor, P: Tensor) -> None:
@@ -118,9 +121,9 @@ def _write(model: DiagonalAttention, a: Tensor, b: Tensor, P: Tensor) -> None:
             weight.copy_(value)
 
 
-def _write_minimum(model: DiagonalAttention, found: DiagonalModel) -> None:
+def _write_minimum(model: DiagonalAttention, solution: DiagonalModel) -> None:
     """In all rows of P that count p_T and p_{T-1} are the same, as the solution has them, and the rest is 0."""
-    length, (before, last) = len(model.P), found.p[-2:].tolist()
+    length, (before, last) = len(model.P), solution.p[-2:].tolist()
     P = last * torch.ones(length - 1).diag(1) + before * torch.eye(length)
     P[-1] = 0
-    _write(model, found.A, found.B, P)
+    _write(model, solution.A, solution.B, P)

@@ -44,7 +44,7 @@ def boot_toy(
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
         raise ModelError(
-            "the toy model needs TransformerBridge.boot_native, which this transformer_lens lacks; "
+            "the toy model needs TransformerBridge.boot_native, which this transformer_lens lacks: "
             "install transformer_lens 3.9 or newer."
         ) from None
     # With a seed, TransformerLens forks the random state; the weights it draws are overwritten by the callers.
@@ -72,11 +72,11 @@ def save_toy(model: Any, vocabulary: list[str], info: dict[str, Any], folder: st
     `vocabulary` lists the character of each id; `info` is anything JSON can hold (steps, accuracy, settings). The file
     is written aside and renamed, so that an earlier one is there until the new one is whole.
 
-    Raises ModelError for a vocabulary that doesn't fit the model, and where the folder can't be written.
+    Raises ModelError for a vocabulary that does not fit the model, and where the folder cannot be written.
     """
     if len(vocabulary) != model.cfg.d_vocab or any(len(c) != 1 for c in vocabulary):
         raise ModelError(
-            f"vocabulary has {len(vocabulary)} entries; give one single character for each of the "
+            f"vocabulary has {len(vocabulary)} entries: give one single character for each of the "
             f"{model.cfg.d_vocab} ids of the model."
         )
     folder = toy_folder() if folder is None else Path(folder)
@@ -94,7 +94,7 @@ def save_toy(model: Any, vocabulary: list[str], info: dict[str, Any], folder: st
         save_file(weights, aside, {name: json.dumps(value) for name, value in header.items()})
         os.replace(aside, folder / FILE)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"the toy model can't be written to {folder} ({error}); give another folder.") from None
+        raise ModelError(f"the toy model cannot be written to {folder} ({error}): give another folder.") from None
     finally:
         if aside is not None:
             Path(aside).unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def load_toy(
     """
     path = (toy_folder() if folder is None else Path(folder)) / FILE
     if not path.is_file():
-        raise ModelError(f"there is no toy model at {path}; run `metaint demo` first, which trains and keeps one.")
+        raise ModelError(f"there is no toy model at {path}: run `metaint demo` first, which trains and keeps one.")
     try:
         with safe_open(path, framework="pt") as file:
             header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
@@ -124,7 +124,7 @@ def load_toy(
         if isinstance(error, ModelError):
             raise
         raise ModelError(
-            f"the toy model at {path} is damaged ({type(error).__name__}); delete it and run `metaint demo` again."
+            f"the toy model at {path} is damaged ({type(error).__name__}): delete it and run `metaint demo` again."
         ) from error
     model.cfg.info = header.get("info", {})
     return model

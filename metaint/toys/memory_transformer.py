@@ -12,19 +12,15 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import skip_init
 from transformer_lens.hook_points import HookPoint
 
 from metaint.errors import InputError
-from metaint.toys.small import _Part, next_token_loss, real_tokens
-
-try:
-    from transformer_lens import HookedRootModule
-except ImportError:  # TransformerLens 2
-    from transformer_lens.hook_points import HookedRootModule
+from metaint.toys.memory_blocks import MemoryBlock, Positions, Unembedding, waves
+from metaint.toys.parts import HookedRootModule, check_sizes, next_token_loss, real_tokens, stacked
 
 _CHOICES = {
     "positions": ("random", "sinusoidal", "rotary"),
@@ -71,25 +67,48 @@ def memory_transformer(
         if value not in _CHOICES[name]:
             raise InputError(f"{name} is {value!r}: choose one of {', '.join(map(str, _CHOICES[name]))}.")
     sizes = {"d_vocab": d_vocab, "n_ctx": n_ctx, "d_model": d_model, "n_layers": n_layers}
-    for name, size in sizes.items():
-        if size < 1:
-            raise InputError(f"{name} is {size}: give at least 1.")
+    check_sizes(**sizes)
     if positions != "random" and d_model % 2:
         raise InputError(f"d_model is {d_model}: {positions} positions need an even number.")
     if first_feed_forward and n_layers == 1:
         raise InputError("n_layers is 1, and first_feed_forward was given: the only layer's is feed_forward.")
     if tied and train_unembedding:
         raise InputError("train_unembedding and tied are both True: a tied unembedding is never trained, choose one.")
-    cfg = SimpleNamespace(**sizes, n_heads=1, d_head=d_model, d_mlp=4 * d_model, seed=seed, device=device, dtype=dtype)
-    cfg.positions, cfg.scaled_embeddings, cfg.tied = positions, scaled_embeddings, tied
-    cfg.train_embeddings, cfg.train_unembedding, cfg.biases = train_embeddings, train_unembedding, False
-    cfg.feed_forwards = [first_feed_forward, *[None] * (n_layers - 2), feed_forward][-n_layers:]
-    # The kind of model in TransformerLens's words, which probes and the hook audit ask for.
-    cfg.model_name, cfg.default_prepend_bos, cfg.attention_dir = "memory-transformer", False, "causal"
-    cfg.attn_only, cfg.parallel_attn_mlp, cfg.act_fn = not any(cfg.feed_forwards), False, "relu"
-    cfg.use_attn_scale, cfg.attn_scale = scaled_scores, math.sqrt(d_model) if scaled_scores else 1.0
-    cfg.normalization_type, cfg.logit_scale = None, 1 / math.sqrt(d_model) if tied else 1.0
-    cfg.positional_embedding_type = "rotary" if positions == "rotary" else "standard"
+    feed_forwards = [first_feed_forward, *[None] * (n_layers - 2), feed_forward][-n_layers:]
+    cfg = SimpleNamespace(
+        **sizes,
+        n_heads=1,
+        d_head=d_model,
+        d_mlp=4 * d_model,
+        positions=positions,
+        scaled_embeddings=scaled_embeddings,
+        tied=tied,
+        train_embeddings=train_embeddings,
+        train_unembedding=train_unembedding,
+        feed_forwards=feed_forwards,
+        biases=False,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        # The kind of model in TransformerLens's words, which probes and the hook audit ask for.
+        model_name="memory-transformer",
+        default_prepend_bos=False,
+        attention_dir="causal",
+        attn_only=not any(feed_forwards),
+        parallel_attn_mlp=False,
+        act_fn="relu",
+        use_attn_scale=scaled_scores,
+        attn_scale=1.0,
+        logit_scale=1.0,
+        normalization_type=None,
+        positional_embedding_type="standard",
+    )
+    if scaled_scores:
+        cfg.attn_scale = math.sqrt(d_model)
+    if tied:
+        cfg.logit_scale = 1 / math.sqrt(d_model)
+    if positions == "rotary":
+        cfg.positional_embedding_type = "rotary"
     return MemoryTransformer(cfg)
 
 
@@ -104,11 +123,9 @@ class MemoryTransformer(HookedRootModule):
     `hook_pattern`, or a mask is given.
     """
 
-    W_K, W_V, W_O = (
-        property(lambda model, name=name: torch.stack([getattr(block.attn, name) for block in model.blocks]))
-        for name in ("W_K", "W_V", "W_O")
-    )
-    W_E, W_pos = (property(lambda model, name=name: getattr(model, name).weight) for name in ("embed", "pos_embed"))
+    W_K, W_V, W_O = map(stacked, ("W_K", "W_V", "W_O"))
+    W_E: Any = property(lambda model: model.embed.weight)
+    W_pos: Any = property(lambda model: model.pos_embed.weight)
     W_Q: Any = property(lambda model: torch.eye(model.cfg.d_model).to(model.W_E).expand(model.cfg.n_layers, 1, -1, -1))
     W_U: Any = property(lambda model: model.unembed.weight.T)
     b_Q, b_K, b_V = (property(lambda model: model.b_O[:, None]) for _ in "QKV")
@@ -120,9 +137,9 @@ class MemoryTransformer(HookedRootModule):
         self.cfg, self.tokenizer = cfg, None
         self.embed, self.hook_embed = skip_init(nn.Embedding, cfg.d_vocab, cfg.d_model), HookPoint()
         if cfg.positions != "rotary":
-            self.pos_embed, self.hook_pos_embed = _Positions(cfg), HookPoint()
-        self.blocks = nn.ModuleList(_Block(cfg, layer) for layer in range(cfg.n_layers))
-        self.unembed = _Unembedding(cfg)
+            self.pos_embed, self.hook_pos_embed = Positions(cfg), HookPoint()
+        self.blocks = nn.ModuleList(MemoryBlock(cfg, layer) for layer in range(cfg.n_layers))
+        self.unembed = Unembedding(cfg)
         asked = {"embed.weight": cfg.train_embeddings, "unembed.weight": cfg.train_unembedding}
         last = f"blocks.{cfg.n_layers - 1}.attn.W_O"
         for name, parameter in self.named_parameters():
@@ -163,14 +180,18 @@ def _draw(cfg: Any) -> dict[str, Tensor]:
         return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(n_in)
 
     scale = 1 / math.sqrt(d) if cfg.scaled_embeddings else 1.0
-    embeddings, unembedding = scale * torch.randn(cfg.d_vocab, d, generator=generator), uniform(d, cfg.d_vocab, d)
-    state = {"embed.weight": embeddings, "unembed.weight": embeddings / math.sqrt(d) if cfg.tied else unembedding}
+    embeddings = scale * torch.randn(cfg.d_vocab, d, generator=generator)
+    unembedding = uniform(d, cfg.d_vocab, d)
+    if cfg.tied:
+        unembedding = embeddings / math.sqrt(d)
+    state = {"embed.weight": embeddings, "unembed.weight": unembedding}
     for layer, name in itertools.product(range(cfg.n_layers), ("W_K", "W_V", "W_O")):
         state[f"blocks.{layer}.attn.{name}"] = uniform(d, 1, d, d)
     positions = torch.randn(cfg.n_ctx, d, generator=generator)
+    if cfg.positions == "sinusoidal":
+        positions = rearrange([*waves(cfg)], "half position pair -> position (pair half)")
     if cfg.positions != "rotary":
-        waves = cfg.positions == "sinusoidal"
-        state["pos_embed.weight"] = scale * (torch.stack(_waves(cfg), -1).flatten(1) if waves else positions)
+        state["pos_embed.weight"] = scale * positions
     for layer, kind in reversed([*enumerate(cfg.feed_forwards)]):  # the last layer's first, which the first's leaves
         if kind == "linear":
             state[f"blocks.{layer}.mlp.W_F"] = uniform(d, d, d)
@@ -178,106 +199,6 @@ def _draw(cfg: Any) -> dict[str, Tensor]:
             state[f"blocks.{layer}.mlp.W_in"] = uniform(d, d, 4 * d)
             state[f"blocks.{layer}.mlp.W_out"] = uniform(4 * d, 4 * d, d)
     return state
-
-
-def _waves(cfg: Any) -> tuple[Float[Tensor, "position pair"], Float[Tensor, "position pair"]]:
-    """Sines and cosines of position over 10000^(2 pair / d)."""
-    pair = torch.arange(cfg.d_model // 2, dtype=torch.float64)
-    angle = torch.outer(torch.arange(cfg.n_ctx, dtype=torch.float64), 10000 ** (-2 * pair / cfg.d_model))
-    return angle.sin(), angle.cos()
-
-
-class _Positions(_Part):
-    def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg, "")
-        self.register_buffer("weight", torch.empty(cfg.n_ctx, cfg.d_model))
-
-    def forward(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        if real is None:
-            return self.weight[: tokens.shape[1]].expand(len(tokens), -1, -1)
-        return self.weight[(real.cumsum(-1) - 1).clamp(min=0)]
-
-
-class _Unembedding(_Part):
-    def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg, "", weight="d_vocab d_model")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.cfg.logit_scale)
-
-
-class _Block(_Part):
-    def __init__(self, cfg: Any, layer: int) -> None:
-        super().__init__(cfg, "resid_pre attn_out resid_post" + " resid_mid mlp_out" * (not cfg.attn_only))
-        self.attn = _Attention(cfg, turned=cfg.positions == "rotary" and layer == 0)
-        self.mlp = _FeedForward(cfg, cfg.feed_forwards[layer]) if cfg.feed_forwards[layer] else None
-
-    def forward(self, stream: Tensor, attention_mask: Tensor | None) -> Tensor:
-        stream = self.hook_resid_pre(stream)
-        stream = stream + self.hook_attn_out(self.attn(stream, attention_mask))
-        if not self.cfg.attn_only:
-            stream = self.hook_resid_mid(stream)
-            if self.mlp is not None or _is_heard(self.hook_mlp_out):
-                stream = stream + self.hook_mlp_out(torch.zeros_like(stream) if self.mlp is None else self.mlp(stream))
-        return self.hook_resid_post(stream)
-
-
-class _Attention(_Part):
-    def __init__(self, cfg: Any, turned: bool) -> None:
-        hooks = "q k v attn_scores pattern z" + " rot_q rot_k" * (cfg.positions == "rotary")
-        inwards, outwards = "n_heads d_model d_head", "n_heads d_head d_model"
-        super().__init__(cfg, hooks, W_K=inwards, W_V=inwards, W_O=outwards)
-        self.turned = turned
-        if turned:
-            for name, wave in zip(("sine", "cosine"), _waves(cfg), strict=True):
-                self.register_buffer(name, wave, persistent=False)
-
-    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        q = self.hook_q(x[:, :, None])
-        k = self.hook_k((x @ self.W_K[0])[:, :, None])
-        v = self.hook_v((x @ self.W_V[0])[:, :, None])
-        if self.cfg.positions == "rotary":
-            q, k = self.hook_rot_q(self.turn(q)), self.hook_rot_k(self.turn(k))
-        z = self.hook_z(self.mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), real).transpose(1, 2))
-        return z[:, :, 0] @ self.W_O[0]
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-        """What each query [batch, head, position, d_head] takes of the values."""
-        if real is None and not _is_heard(self.hook_attn_scores, self.hook_pattern):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / self.cfg.attn_scale)
-        visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-        if real is not None:  # each query sees itself, padding too: a softmax over nothing would be NaN
-            visible = visible & (real[:, None, None] | torch.eye(len(visible), dtype=torch.bool, device=q.device))
-        scores = (q @ k.mT / self.cfg.attn_scale).masked_fill(~visible, -math.inf)
-        return self.hook_pattern(self.hook_attn_scores(scores).softmax(-1)) @ v
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Adjacent pairs of dimensions, turned by the angle of their position; in later layers as they are."""
-        if not self.turned:
-            return x
-        sine, cosine = (wave[: x.shape[1], None] for wave in (self.sine, self.cosine))
-        a, b = x[..., ::2], x[..., 1::2]
-        return torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1).flatten(-2)
-
-
-class _FeedForward(_Part):
-    def __init__(self, cfg: Any, kind: str) -> None:
-        if kind == "linear":
-            super().__init__(cfg, "", W_F="d_model d_model")
-        else:
-            super().__init__(cfg, "pre post", W_in="d_model d_mlp", W_out="d_mlp d_model")
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "linear":
-            return x @ self.W_F
-        return self.hook_post(self.hook_pre(x @ self.W_in).relu()) @ self.W_out
-
-
-def _is_heard(*points: Any) -> bool:
-    """Whether anything, TransformerLens's or torch's, hangs on these hook points, forward or backward."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(point, kind) for point in points for kind in kinds)
 
 
 @torch.no_grad()
@@ -292,7 +213,7 @@ def write_induction_head(
     are `scale` on average, crosstalk aside. All else stays as it is, a feed-forward too.
 
     The form is the one that the recall probes of transformer-birth test for; the paper's text was not at hand. Raises
-    InputError for another number of layers, for a model without added positions, and for ids it doesn't know.
+    InputError for another number of layers, for a model without added positions, and for ids it does not know.
     """
     cfg = model.cfg
     if cfg.n_layers != 2 or cfg.positions == "rotary":

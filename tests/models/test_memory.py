@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from metaint.errors import HookAuditError, InputError
+from metaint.models.heads import head_of
 from metaint.models.memory import (
     Memories,
-    head_of,
     key_composition_recall,
     ov_recall,
     previous_position_recall,

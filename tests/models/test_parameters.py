@@ -8,7 +8,7 @@ import torch
 
 import metaint
 from metaint.errors import InputError
-from metaint.models.parameters import own_parameters, part_of
+from metaint.models.parameters import own_parameters, place_of
 from tests.builders import available_kinds, build
 from tests.probes.test_heads import random_tokens
 
@@ -46,7 +46,7 @@ def test_every_parameter_is_scaled_once(any_model):
         for name, parameter in torch.nn.Module.named_parameters(any_model):
             if id(parameter) not in own:
                 continue  # a fused projection beside the ones it was split into
-            gain = offset and part_of(name.replace("_original_component.", "")).kind == "norm"
+            gain = offset and place_of(name.replace("_original_component.", "")).kind == "norm"
             wanted = 4 * (before[name] + 1) - 1 if gain else 4 * before[name]
             assert torch.equal(parameter, wanted), name
 
@@ -116,7 +116,7 @@ def test_values_that_a_power_of_two_would_lose_come_back_too():
 
 def test_a_function_selects(gpt2):
     before = bits(gpt2)
-    with metaint.scaled(gpt2, 3.0, lambda name, parameter: part_of(name).kind == "mlp"):
+    with metaint.scaled(gpt2, 3.0, lambda name, parameter: place_of(name).kind == "mlp"):
         named = torch.nn.Module.named_parameters(gpt2)
         changed = {n.replace("_original_component.", "") for n, p in named if not torch.equal(p, before[n])}
     assert changed
@@ -124,7 +124,7 @@ def test_a_function_selects(gpt2):
 
 
 def test_parts_of_every_parameter(any_model):
-    kinds = {name: part_of(name) for name in own_parameters(any_model)}
+    kinds = {name: place_of(name) for name in own_parameters(any_model)}
     for name, (layer, kind) in kinds.items():
         inside = "blocks." in name
         assert (layer is not None) == inside

@@ -10,7 +10,8 @@ from metaint.errors import ActivationError, HookAuditError, InputError
 from metaint.measures import saturation
 from metaint.models.audit import holds
 from metaint.models.describe import shape_of
-from metaint.models.invariants import pattern_of, repeat_heads, score_hooks
+from metaint.models.heads import repeat_heads
+from metaint.models.invariants import pattern_of, score_hooks
 from tests.builders import available_kinds, build
 from tests.probes.test_heads import random_tokens
 from tests.probes.test_inner import assert_same

@@ -12,7 +12,7 @@ from metaint.measures import growth
 from metaint.measures.composition import composition, read_factor, write_factor
 from metaint.models.audit import holds
 from metaint.models.folded import folded_weights
-from metaint.models.parameters import own_parameters, part_of
+from metaint.models.parameters import own_parameters, place_of
 from metaint.probes import weights
 from metaint.probes.weights import PARTS, WeightProbe
 from tests.builders import available_kinds, build, hf_directory
@@ -58,7 +58,7 @@ def test_every_architecture_equals_plain_arithmetic(any_model):
     after = own_parameters(any_model)
 
     def chosen(named, layer=None, part=None):
-        return flat(p for name, p in named.items() if part is None or part_of(name) == (layer, part))
+        return flat(p for name, p in named.items() if part is None or place_of(name) == (layer, part))
 
     for layer in range(any_model.cfg.n_layers):
         for part in PARTS:
@@ -187,7 +187,7 @@ def test_doubling_is_a_step_along_the_parameters_and_a_frozen_part_takes_none():
     model, probe = build(NATIVE), WeightProbe(compare=True)
     first = read(model, probe)
     assert all(first[name].isnull().all() for step in STEPS for name in (step, f"total_{step}"))
-    frozen = [name for name in own_parameters(model) if part_of(name) == (1, "mlp")]
+    frozen = [name for name in own_parameters(model) if place_of(name) == (1, "mlp")]
     with torch.no_grad():
         for name, parameter in own_parameters(model).items():
             parameter.mul_(1 if name in frozen else 2)

@@ -77,7 +77,7 @@ def test_absent(tmp_path):
     with pytest.raises(ModelError) as caught:
         load_toy(tmp_path)
     assert str(caught.value) == (
-        f"there is no toy model at {tmp_path / FILE}; run `metaint demo` first, which trains and keeps one."
+        f"there is no toy model at {tmp_path / FILE}: run `metaint demo` first, which trains and keeps one."
     )
 
 
@@ -106,7 +106,7 @@ def test_damaged(model, tmp_path, damage):
     with pytest.raises(ModelError) as caught:
         load_toy(tmp_path)
     assert str(caught.value).startswith(f"the toy model at {path} is damaged (")
-    assert str(caught.value).endswith("); delete it and run `metaint demo` again.")
+    assert str(caught.value).endswith("): delete it and run `metaint demo` again.")
 
 
 def test_a_failed_save_leaves_the_earlier_model(model, tmp_path, monkeypatch):
@@ -117,12 +117,12 @@ def test_a_failed_save_leaves_the_earlier_model(model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("metaint.toys.embedded.save_file", full_disk)
-    with pytest.raises(ModelError, match=r"can't be written to .*No space left on device.*give another folder"):
+    with pytest.raises(ModelError, match=r"cannot be written to .*No space left on device.*give another folder"):
         save_toy(model, VOCABULARY, {}, tmp_path)
     assert path.read_bytes() == data
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_vocabulary_must_fit(model, tmp_path):
-    with pytest.raises(ModelError, match=r"^vocabulary has 29 entries; give one single character for each"):
+    with pytest.raises(ModelError, match=r"^vocabulary has 29 entries: give one single character for each"):
         save_toy(model, VOCABULARY[:-1], {}, tmp_path)

@@ -11,15 +11,15 @@ from torch.nn import functional as F
 import metaint
 from metaint.errors import HookAuditError, InputError
 from metaint.models.audit import CHECKS
-from metaint.models.parameters import own_parameters, part_of
+from metaint.models.parameters import own_parameters, place_of
 from metaint.toys.linear_attention import (
-    VectorModel,
     gradient_step,
     linear_attention,
     regression_attention,
     regression_step,
     vector_transformer,
 )
+from metaint.toys.vector_model import VectorModel
 
 D, T, CONTEXT = 3, 7, 6
 SIZES: dict[str, Any] = {"n_ctx": 9, "n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 12}
@@ -403,7 +403,7 @@ def test_what_only_picks_coordinates_is_no_parameter() -> None:
     assert set(own_parameters(model)) == {f"blocks.0.attn.W_{n}" for n in "QKVO"}
     assert model.W_Q.shape == (1, 1, 3 * D, 3 * D)
     assert not model.b_O.any()
-    parts = {name: part_of(name) for name in own_parameters(made("transformer"))}
+    parts = {name: place_of(name) for name in own_parameters(made("transformer"))}
     kinds = {name: part.kind for name, part in parts.items() if part.layer is None}
     assert kinds == {
         **dict.fromkeys(("project.W_in", "project.b_in", "pos_embed.table"), "embedding"),

@@ -13,8 +13,8 @@ import metaint
 from metaint.errors import InputError
 from metaint.models.audit import CHECKS
 from metaint.models.inputs import watching
-from metaint.models.parameters import own_parameters, part_of
-from metaint.toys import memory_transformer as module
+from metaint.models.parameters import own_parameters, place_of
+from metaint.toys import memory_blocks as module
 from metaint.toys.memory_transformer import memory_transformer
 
 SIZES: dict[str, Any] = {"d_vocab": 30, "n_ctx": 24, "d_model": 16}
@@ -268,7 +268,7 @@ def test_those_who_watch_hear_the_logits_of_a_tied_model() -> None:
 
 
 def test_parameters_belong_to_the_parts_they_are_named_for() -> None:
-    parts = {name: tuple(part_of(name)) for name in own_parameters(memory("both"))}
+    parts = {name: tuple(place_of(name)) for name in own_parameters(memory("both"))}
     expected = {"embed.weight": (None, "embedding"), "unembed.weight": (None, "unembedding")}
     expected |= {f"blocks.{i}.attn.W_{name}": (i, "attention") for i in range(2) for name in "KVO"}
     expected |= {f"blocks.0.mlp.W_{name}": (0, "mlp") for name in ("in", "out")} | {"blocks.1.mlp.W_F": (1, "mlp")}

@@ -14,7 +14,7 @@ import metaint
 from metaint.errors import InputError
 from metaint.models.audit import CHECKS
 from metaint.models.describe import shape_of
-from metaint.models.parameters import own_parameters, part_of
+from metaint.models.parameters import own_parameters, place_of
 from metaint.toys.small import SmallTransformer, small_transformer
 
 SIZES: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "d_model": 16, "d_mlp": 24, "d_vocab": 40, "n_ctx": 32}
@@ -28,7 +28,7 @@ def small(norm: Any, **settings: Any) -> SmallTransformer:
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         noise = 0.25 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = (noise + (part_of(name).kind == "norm" and name.endswith(".w"))).to(parameter.dtype)
+        parameter.data = (noise + (place_of(name).kind == "norm" and name.endswith(".w"))).to(parameter.dtype)
     return model
 
 
@@ -210,7 +210,7 @@ def test_scans_of_post_norm_leave_out_what_does_not_add_up() -> None:
 
 def test_scaled_weights_belong_to_the_parts_they_are_named_for() -> None:
     model = small("pre", gated=True)
-    parts = {name: part_of(name) for name in own_parameters(model)}
+    parts = {name: place_of(name) for name in own_parameters(model)}
     assert set(parts) == set(dict(model.named_parameters()))
     kinds = {
         "embed.weight": (None, "embedding"),

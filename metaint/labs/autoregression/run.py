@@ -37,7 +37,7 @@ from metaint.scanning.record_store import append, create, trim, with_step
 from metaint.scanning.recorder import read_recording
 from metaint.scanning.recur import recur
 from metaint.toys.diagonal_attention import DiagonalAttention
-from metaint.toys.linear_attention import VectorModel
+from metaint.toys.vector_model import VectorModel
 
 RECORDING = "recording.zarr"
 # Sequences that comparisons read.

@@ -18,7 +18,8 @@ from metaint.labs.autoregression.settings import Settings
 from metaint.measures import autoregression, recurrence
 from metaint.tasks.autoregressive import AutoregressiveSample, RegressionSample, autoregressive, regression
 from metaint.toys.diagonal_attention import DiagonalAttention, diagonal_attention
-from metaint.toys.linear_attention import VectorModel, linear_attention, regression_attention, vector_transformer
+from metaint.toys.linear_attention import linear_attention, regression_attention, vector_transformer
+from metaint.toys.vector_model import VectorModel
 
 # Steps of gradient descent that models are compared with.
 DESCENTS = (1, 2, 3, 5)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metaint.errors import ActivationError, HookAuditError, InputError
 from metaint.models.describe import check_open, is_causal
-from metaint.models.memory import head_of
+from metaint.models.heads import head_of
 from metaint.models.reading import steady, tolerance, widen
 from metaint.models.tokens import check_tokens, encoded
 from metaint.views.attention.canvas import MOST_CELLS, attention_canvas, canvas_script

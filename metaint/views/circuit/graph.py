@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from metaint.errors import InputError
-from metaint.models.memory import head_of
+from metaint.models.heads import head_of
 from metaint.views.attention.patterns import show_attention
 from metaint.views.circuit.picture import Nodes, picture
 from metaint.views.circuit.words import heading, plain, value
