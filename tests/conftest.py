@@ -1,7 +1,10 @@
 """Shared fixtures; the shapes of every public measure are checked at run time in tests."""
 
+import importlib
 import os
+import pkgutil
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -13,15 +16,9 @@ import torch
 from jaxtyping import install_import_hook
 
 with install_import_hook(["metaint.measures"], "beartype.beartype"):
-    import metaint.measures.attention
-    import metaint.measures.correlation
-    import metaint.measures.inner
-    import metaint.measures.memory
-    import metaint.measures.norms
-    import metaint.measures.positions
-    import metaint.measures.resampling
-    import metaint.measures.saturation
-    import metaint.measures.sharpening
+    # All of them here, since the hook reaches no file that was imported before it.
+    for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "metaint" / "measures")]):
+        importlib.import_module(f"metaint.measures.{module.name}")
 
 import metaint
 from metaint.tasks import repeated_tokens

@@ -5,11 +5,8 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-with install_import_hook(["metaint.measures.composition"], "beartype.beartype"):
-    from metaint.measures.composition import composition, composition_chance, read_factor, write_factor
-
+from metaint.measures.composition import composition, composition_chance, read_factor, write_factor
 from metaint.models.folded import folded_layers
 from tests.builders import available_kinds, build
 

@@ -7,13 +7,10 @@ from collections import defaultdict
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from jaxtyping import install_import_hook
 
 from metaint.errors import InputError
+from metaint.measures import in_context
 from metaint.tasks import bigram, repeated_tokens
-
-with install_import_hook(["metaint.measures.in_context"], "beartype.beartype"):
-    from metaint.measures import in_context
 
 BATCH, LENGTH = 12, 40
 TEXT = "The quick brown fox jumps over the lazy dog, and she sells sea shells by the shore; how vexing a jazz quiz!"

@@ -4,12 +4,9 @@ import math
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-with install_import_hook(["metaint.measures.recurrence"], "beartype.beartype"):
-    from metaint.measures import recurrence
 from metaint.errors import InputError
-from metaint.measures import autoregression
+from metaint.measures import autoregression, recurrence
 from metaint.tasks import autoregressive, regression
 
 EXACT = {"rtol": 0, "atol": 1e-12}

@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-with install_import_hook(["metaint.measures.recurrence", "metaint.measures.autoregression"], "beartype.beartype"):
-    from metaint.measures import autoregression, recurrence
 import metaint
 from metaint.errors import ActivationError, InputError
+from metaint.measures import autoregression, recurrence
 from metaint.probes.recurrence import Descent, RecurrenceProbe, tuned_descents
 from metaint.tasks import autoregressive
 from metaint.toys.linear_attention import gradient_step
