@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         StoreError,
     )
     from metaint.measures.measure import kind, statistic
+    from metaint.measures.memory import Recall
     from metaint.models.audit import audit
     from metaint.models.memory import key_composition_recall, ov_recall, previous_position_recall
     from metaint.models.open import open_model
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from metaint.probes.residual import ResidualProbe
     from metaint.probes.saturation import SaturationProbe
     from metaint.probes.weights import WeightProbe
+    from metaint.scanning.given import default_tokens, text_tokens
     from metaint.scanning.recorder import Recorder, read_recording
     from metaint.scanning.recur import recur
     from metaint.scanning.saturate import saturate
@@ -76,6 +78,7 @@ _HOMES = {
     ),
     "metaint.scans.labels": ("label_heads",),
     "metaint.measures.measure": ("kind", "statistic"),
+    "metaint.measures.memory": ("Recall",),
     "metaint.models.audit": ("audit",),
     "metaint.models.memory": ("key_composition_recall", "ov_recall", "previous_position_recall"),
     "metaint.models.open": ("open_model",),
@@ -88,6 +91,7 @@ _HOMES = {
     "metaint.probes.residual": ("ResidualProbe",),
     "metaint.probes.saturation": ("SaturationProbe",),
     "metaint.probes.weights": ("WeightProbe",),
+    "metaint.scanning.given": ("default_tokens", "text_tokens"),
     "metaint.scanning.recorder": ("Recorder", "read_recording"),
     "metaint.scanning.recur": ("recur",),
     "metaint.scanning.saturate": ("saturate",),
