@@ -45,7 +45,7 @@ class Step(NamedTuple):
 def steps_of(name: str, text: Path) -> list[Step]:
     """Everything that is timed, forward passes first; each call runs once."""
     import metaint
-    from metaint.scanning.scan import text_tokens
+    from metaint.scanning.given import text_tokens
 
     model = metaint.open_model(name, device="cpu")
     plain = reference(name)

@@ -101,7 +101,7 @@ def variants(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
         "forward": lambda: model(tokens, return_type="logits"),
         "SaturationProbe, 7 kappas": lambda: metaint.scan(model, tokens, [metaint.SaturationProbe()]),
         "a pass for each kappa": lambda: separate(model, tokens, KAPPAS),
-        "saturate, all-params, 11 scales": lambda: metaint.saturate(model, tokens, scales, "all_params"),
+        "saturate, 11 scales": lambda: metaint.saturate(model, tokens, scales),
         "a copy for each scale": lambda: copied(model, tokens, scales),
     }
 

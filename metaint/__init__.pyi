@@ -44,15 +44,14 @@ from .probes.recurrence import RecurrenceProbe as RecurrenceProbe
 from .probes.residual import ResidualProbe as ResidualProbe
 from .probes.saturation import SaturationProbe as SaturationProbe
 from .probes.weights import WeightProbe as WeightProbe
+from .scanning.given import default_tokens as default_tokens, text_tokens as text_tokens
 from .scanning.recorder import Recorder as Recorder, read_recording as read_recording
 from .scanning.recur import recur as recur
 from .scanning.saturate import saturate as saturate
 from .scanning.scan import (
     attach as attach,
-    default_tokens as default_tokens,
     read_cache as read_cache,
     scan as scan,
-    text_tokens as text_tokens,
 )
 from .scans.labels import THRESHOLDS as THRESHOLDS, label_heads as label_heads, telling_heads as telling_heads
 from .scans.store import load as load, save as save

@@ -26,9 +26,8 @@ from metaint.measures.resampling import bootstrap_interval
 from metaint.models.audit import require
 from metaint.models.describe import is_causal
 from metaint.models.reading import steady
-from metaint.models.tokens import check_tokens, encoded
 from metaint.probes.heads import HeadProbe
-from metaint.scanning.scan import default_tokens
+from metaint.scanning.given import given_inputs
 
 HOW = ("zero", "mean", "resample", "pattern_preserving")
 # Tokens that are run at once by default: enough to keep a CPU busy, and few enough for its caches and for logits.
@@ -74,8 +73,6 @@ def set_up(
     if how not in HOW:
         raise InputError(f"how is {how!r}: choose one of {', '.join(HOW)}.")
     chosen = metric_of(metric)
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
     patterns = Patterns(metric, model) if isinstance(metric, ScanMetric) else None
     if patterns is not None and how == "pattern_preserving":
         raise InputError(
@@ -87,9 +84,8 @@ def set_up(
             f"model attends in both directions, and metric is {chosen.name!r}, a prediction of the next token: give a "
             "causal model, or a metric of your own."
         )
-    task = "repeated_tokens" if tokens is None else "given"
-    tokens = default_tokens(model, seed=seed) if tokens is None else tokens
-    tokens, _ = check_tokens(model, encoded(model, tokens))
+    given = given_inputs(model, tokens, batch_size=batch_size, seed=seed)
+    tokens = given.tokens
     at = None if positions is None else _marked(positions, tokens.shape[1])
     batch_size = max(1, TOKENS // tokens.shape[1]) if batch_size is None else batch_size
     counted, weights = _counted(chosen, patterns, tokens, batch_size)
@@ -98,7 +94,7 @@ def set_up(
     require(model, () if patterns is None else HeadProbe.audits)
     why = begins_anywhere(model, progress)
     found = Experiment(model, tokens, how, chosen, batch_size, why, weights, patterns, at, donors, progress)
-    found.facts = {"metric": chosen.name, "how": how, "task": task, "seed": seed, "sequences": len(tokens)}
+    found.facts = {"metric": chosen.name, "how": how, "task": given.task, "seed": seed, "sequences": len(tokens)}
     found.facts["positions"] = counted
     found.facts["passes"] = f"whole ({why})" if why else "from the ablated layer"
     return found

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from metaint.errors import ModelError
 from metaint.labs.birth.training import Training, restore, train
 from metaint.models.open import open_model
-from metaint.scanning.scan import default_tokens, scan, text_tokens
+from metaint.scanning.given import default_tokens, text_tokens
+from metaint.scanning.scan import scan
 from metaint.scans.labels import label_heads, telling_heads
 from metaint.scans.store import save
 from metaint.tasks import bigram

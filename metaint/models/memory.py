@@ -173,28 +173,43 @@ def previous_position_recall(model: Any, head: str, causal: bool = False) -> Rec
     return relative[number]
 
 
-def ov_recall(model: Any, heads: Sequence[str], **options: Any) -> Recall:
-    """What several heads together recall of tokens they attend to: `Memories(model, **options).ov(heads)`.
+def ov_recall(
+    model: Any,
+    heads: Sequence[str],
+    *,
+    tokens: int | Sequence[int] = TOKENS,
+    embedding: Embedding = "token",
+    seed: int = 0,
+) -> Recall:
+    """What several heads together recall of tokens they attend to: `Memories.ov`.
 
-    `heads` are names such as "5.1". Raises InputError for a head that the model hasn't, HookAuditError where the audit
-    doesn't find the weights to be what a head does.
+    `heads` are names such as "5.1"; `tokens`, `embedding` and `seed` are those of `Memories`. Raises InputError for a
+    head that the model does not have, HookAuditError where the audit does not find the weights to be what a head does.
     """
     if isinstance(heads, str) or not heads:
         raise InputError(f'heads is {heads!r}: give a list of heads, such as ["5.1", "5.5"].')
     chosen = [head_of(model, name) for name in heads]
     require(model, ["attention_input", "output_sum", "unembedding"])
-    return Memories(model, **options).ov(chosen)
+    return Memories(model, tokens, embedding, seed).ov(chosen)
 
 
-def key_composition_recall(model: Any, head: str, head_to: str, **options: Any) -> Recall:
-    """Whether `head_to` finds by its keys what `head` wrote: `Memories(model, **options).key_composition`.
+def key_composition_recall(
+    model: Any,
+    head: str,
+    head_to: str,
+    *,
+    tokens: int | Sequence[int] = TOKENS,
+    embedding: Embedding = "token",
+    seed: int = 0,
+) -> Recall:
+    """Whether `head_to` finds by its keys what `head` wrote: `Memories.key_composition`.
 
-    Raises InputError for a head that the model hasn't, or in the wrong order; HookAuditError where the audit doesn't
-    find the weights to be what a head does.
+    `tokens`, `embedding` and `seed` are those of `Memories`. Raises InputError for a head that the model does not have,
+    or in the wrong order; HookAuditError where the audit does not find the weights to be what a head does.
     """
     pair = head_of(model, head), head_of(model, head_to)
     require(model, ["attention_input", "output_sum"])
-    return Memories(model, **options).key_composition(*pair)
+    return Memories(model, tokens, embedding, seed).key_composition(*pair)
 
 
 def _chosen(model: Any, tokens: int | Sequence[int], seed: int) -> Int[Tensor, " token"]:

@@ -44,10 +44,10 @@ class SaturationProbe(Probe):
     than 1, and once more. Scores within `tau` of a row's largest count as equal to it. Logits are compared at
     `positions` sampled positions of a sequence (position 0 never), under `metaint.attach` and `metaint.scan`.
 
-    Unlike the scaling of all parameters that Merrill et al. 2021 (2010.09697) use (`metaint.saturate` with
-    `mode="all_params"`), this changes attention alone and means the same in every architecture. Where scores have a
-    soft cap or a bias, both are within the scores that are scaled. With `gap_count`, `gap_odds` and
-    `gap_tied_share`, `measures.saturation.predicted_variation` bounds the distance to saturated at any other kappa.
+    Unlike the scaling of all parameters that Merrill et al. 2021 (2010.09697) use (`metaint.saturate`), this changes
+    attention alone and means the same in every architecture. Where scores have a soft cap or a bias, both are within
+    the scores that are scaled. With `gap_count`, `gap_odds` and `gap_tied_share`,
+    `measures.saturation.predicted_variation` bounds the distance to saturated at any other kappa.
 
     Raises InputError for passes that are not stacked or continue a cache, HookAuditError for a model whose attention
     can't be changed at `hook_z`, ActivationError for NaN or infinity.

@@ -7,7 +7,6 @@ How records lie in the store, and why a kill does them no harm, is in `records.p
 import hashlib
 import json
 import math
-import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,10 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from metaint.errors import InputError, StoreError
 from metaint.models.describe import facts_of
-from metaint.models.tokens import check_tokens, encoded
 from metaint.probes.probe import Probe
+from metaint.scanning.given import given_inputs, whole
 from metaint.scanning.record_store import append, create, groups_of, layout_of, root_of, trim, with_step, writing
-from metaint.scanning.scan import default_tokens, scan
+from metaint.scanning.scan import chosen_probes, scan
 
 # What must be the same to go on with a recording; the device and the versions may change.
 _SAME = ("model", "weights", "dtype", "n_layers", "n_heads", "attention", "seed", "tokens_sha256", "probes")
@@ -59,18 +58,17 @@ class Recorder:
         attributes: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
-        self._model, self._probes, self._path = model, list(probes), Path(path)
+        self._model, self._probes, self._path = model, chosen_probes(probes), Path(path)
         if not self._probes:
             raise InputError("probes is empty: pass at least one, such as [metaint.HeadProbe()].")
         self._wanted = _chooser(every)
-        task = "repeated_tokens" if tokens is None else "given"
-        tokens = default_tokens(model, seed=seed) if tokens is None else tokens
-        tokens = check_tokens(model, encoded(model, tokens))[0].clone()
-        digest = hashlib.sha256(tokens.long().cpu().numpy().tobytes()).hexdigest()[:16]
-        facts = {"task": task, "tokens_sha256": digest, "probes": sorted(probe.group for probe in self._probes)}
-        facts = json.loads(json.dumps({**facts, **(attributes or {})}, default=str))
-        options = {"batch_size": batch_size, "seed": seed, "attributes": facts}
-        self._scan = partial(scan, model, tokens, self._probes, **options)
+        given = given_inputs(model, tokens, batch_size=batch_size, seed=seed)
+        digest = hashlib.sha256(given.tokens.long().cpu().numpy().tobytes()).hexdigest()[:16]
+        groups = sorted(probe.group for probe in self._probes)
+        facts = {"task": given.task, "tokens_sha256": digest, "probes": groups, **(attributes or {})}
+        facts = json.loads(json.dumps(facts, default=str))
+        same_tokens = given.tokens.clone()
+        self._scan = partial(scan, model, same_tokens, self._probes, batch_size=batch_size, seed=seed, attributes=facts)
         self.last: xr.DataTree | None = None
         self._steps: list[int] = []
         self._layout: dict[str, Any] = {}  # of every record
@@ -92,7 +90,7 @@ class Recorder:
         A scalar may come and go: where it was not given it is NaN. Raises InputError for a step that isn't above the
         last recorded one, what `scan` raises, and StoreError, with the records before intact, if it can't be written.
         """
-        step = _integer(step, "step")
+        step = whole(step, "step")
         if self._steps and step <= self._steps[-1]:
             raise InputError(
                 f"step is {step}, and step {self._steps[-1]} is already recorded in {self._path}: steps must rise, "
@@ -120,7 +118,7 @@ class Recorder:
         in; steps that `resume` has found are passed over. Of several optimisers at once, the first to step counts.
         `/training` gets the `loss` of the last forward pass that returned one to be trained on.
         """
-        step, counted, loss = self._step if start is None else _integer(start, "start"), set[int](), {}
+        step, counted, loss = self._step if start is None else whole(start, "start"), set[int](), {}
 
         def after_forward(module: Any, args: Any, output: Any) -> None:
             found = getattr(output, "loss", output)
@@ -237,17 +235,10 @@ def _chooser(every: Any) -> Callable[[int], bool]:
     if isinstance(every, Integral) and int(every) >= 1:
         return lambda step: step % int(every) == 0
     if isinstance(every, Iterable) and not isinstance(every, str):
-        steps = {_integer(step, "a step in every") for step in every}
+        steps = {whole(step, "a step in every") for step in every}
         if steps:
             return steps.__contains__
     raise InputError(f"every is {every!r}: give a number of steps above 0, a list of steps, or a function of the step.")
-
-
-def _integer(value: Any, name: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} is {value!r}: it must be an integer.") from None
 
 
 def _number(name: str, value: Any) -> float:

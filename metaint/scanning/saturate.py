@@ -1,4 +1,4 @@
-"""What a model becomes as its norms grow: `saturate` sweeps over factors of its scores, or of all its parameters.
+"""What a model becomes as its norms grow: `saturate` sweeps over factors of all its parameters.
 
 In: a model and tokens. Out: `/saturation` with a `scale` dimension. All parameters times c is the estimator of Merrill
 et al. 2021 (2010.09697); on pre-norm models of today's kind it measures more than attention (see `saturate`).
@@ -24,10 +24,8 @@ from metaint.models.invariants import score_hooks
 from metaint.models.parameters import chosen
 from metaint.models.reading import steady
 from metaint.models.scaled_pass import Batch, ScaledPass, published_pass, scaled_pass
-from metaint.models.tokens import check_tokens, encoded, starts_with_bos
 from metaint.probes.probe import as_scan
-from metaint.probes.saturation import SaturationProbe
-from metaint.scanning.scan import default_tokens, scan
+from metaint.scanning.given import given_inputs, whole
 
 SCALES = tuple(2.0**i for i in range(11))
 PUBLISHED = 1000.0
@@ -37,7 +35,6 @@ def saturate(
     model: Any,
     tokens: Tensor | str | None = None,
     scales: Sequence[float] = SCALES,
-    mode: str = "scores",
     *,
     faithful: bool = False,
     attention_mask: Tensor | None = None,
@@ -48,11 +45,17 @@ def saturate(
     progress: bool = False,
     attributes: Mapping[str, Any] | None = None,
 ) -> xr.DataTree:
-    """Compare a model with itself at each of `scales`: of its attention scores, or of all its parameters.
+    """Compare a model with itself when all its parameters are multiplied by each of `scales` (`metaint.scaled`).
 
-    `mode="scores"` is a `SaturationProbe` with these kappas: attention alone changes, and the number means the same in
-    every architecture. `mode="all_params"` multiplies every parameter by c (`metaint.scaled`) and reads, at `positions`
-    sampled positions of a sequence:
+    What changes where attention alone is scaled is another question: `metaint.scan` with a `SaturationProbe`.
+
+    - `tokens`, `attention_mask`, `batch_size`, `attributes`: as in `metaint.scan`.
+    - `scales`: the factors c, finite and above 0; 1 is always among them.
+    - `positions`: how many positions of each sequence are read, drawn by `seed`.
+    - `faithful`: run the published estimator beside it (see below).
+    - `allow_folded`: scale folded weights too, whose slopes are other ones.
+
+    `/saturation` gets, at these positions:
 
     - (scale, layer): `similarity` of the stream after each block with the unscaled one, `similarity_null`,
       `similarity_centred`; `similarity_to_limit`, with the stream at the largest scale.
@@ -61,38 +64,38 @@ def saturate(
       of each, `stream_slope` ..., from this scale to the next: the k of a k-homogeneous activation
       (`measures.saturation.EXPECTED_SLOPES`); `embedding_share`, ||x_0|| / ||x||: near 0, the token embedding has
       dropped out of the stream.
+    - with `faithful`, at c = 1000 and with the mask of the published script, which multiplies scores by 0 where it
+      should hide them: (layer) `similarity_published` over all tokens, (layer, head) `attended_mean`, `attended_std`,
+      `attended_split`, the counts of positions with a weight above 1e-5 that Figure 3 shows, and the same with
+      `_causal` under a true mask.
 
-    Read `all_params` with care: through a norm before each sublayer, as in GPT-2 and Llama, embeddings grow as c and
-    sublayers as c³ or c⁵, so that at large c the embedding is gone and similarity measures that as much as saturation.
-    The paper's models have the norm on a sublayer's output. Its c is 1000; 1024 is as good, and being a power of two
-    needs no copy of the parameters. `faithful=True` (all_params) runs the published estimator beside it, at c = 1000
-    and with the mask of the published script, which multiplies scores by 0 where it should hide them: (layer)
-    `similarity_published` over all tokens, (layer, head) `attended_mean`, `attended_std`, `attended_split`, the counts
-    of positions with a weight above 1e-5 that Figure 3 shows, and the same with `_causal` under a true mask.
+    Read it with care: through a norm before each sublayer, as in GPT-2 and Llama, embeddings grow as c and sublayers
+    as c³ or c⁵, so that at large c the embedding is gone and similarity measures that as much as saturation. The
+    paper's models have the norm on a sublayer's output. Its c is 1000; 1024 is as good, and being a power of two needs
+    no copy of the parameters.
 
-    Raises InputError for scales, modes or weights (folded, quantised, half precision) that can't be swept,
-    ActivationError, naming the hook and c, where a scaled model overflows, HookAuditError for unusable hooks.
+    Raises InputError for scales or weights (folded, quantised, half precision) that can't be swept, ActivationError,
+    naming the hook and c, where a scaled model overflows, HookAuditError for unusable hooks.
+
+    Source: Merrill et al. 2021 (2010.09697).
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> scan = metaint.saturate(small_transformer(norm="output", **sizes), scales=[2, 4])
+    >>> scan["saturation"]["similarity"].sizes
+    Frozen({'scale': 3, 'layer': 2})
     """
-    facts = {"task": "repeated_tokens" if tokens is None else "given", **(attributes or {})}
-    tokens = default_tokens(model, seed=seed) if tokens is None else tokens
-    tokens = encoded(model, tokens)
-    if mode == "scores":
-        if faithful:
-            raise InputError('faithful is True, and mode is "scores": the published estimator needs mode="all_params".')
-        options = {"attention_mask": attention_mask, "batch_size": batch_size, "seed": seed, "progress": progress}
-        probe = SaturationProbe(scales, positions=positions, seed=seed)
-        return scan(model, tokens, [probe], attributes=facts, **options)
-    if mode != "all_params":
-        raise InputError(f'mode is {mode!r}: choose "scores" or "all_params".')
-    checked, mask = check_tokens(model, tokens, attention_mask)
+    given = given_inputs(model, tokens, attention_mask=attention_mask, batch_size=batch_size, seed=seed)
+    if whole(positions, "positions") < 1:
+        raise InputError(f"positions is {positions}: it must be at least 1.")
     sweep = _Sweep(model, _check_scales(model, scales, allow_folded), positions, seed, faithful, allow_folded)
-    starts = range(0, len(checked), batch_size)
+    starts = range(0, len(given.tokens), batch_size)
     with steady(model):
         for start in tqdm(starts, desc="saturate", disable=not progress, leave=False):
             rows = slice(start, start + batch_size)
-            sweep.add(checked[rows], None if mask is None else mask[rows])
-    root = {"seed": seed, "bos": int(starts_with_bos(model, checked, mask)), "tokens_shape": list(checked.shape)}
-    return as_scan({"saturation": sweep.to_dataset()}, facts_of(model), {**root, **facts})
+            sweep.add(given.tokens[rows], None if given.mask is None else given.mask[rows])
+    return as_scan({"saturation": sweep.to_dataset()}, facts_of(model), {**given.facts, **(attributes or {})})
 
 
 def _check_scales(model: Any, scales: Sequence[float], allow_folded: bool) -> tuple[float, ...]:

@@ -4,19 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from metaint.errors import InputError
-from metaint.models.describe import check_open
 from metaint.models.inputs import InputWatch, watching
 from metaint.models.reading import steady
-from metaint.models.tokens import check_tokens, encoded, first_id, starts_with_bos
 from metaint.probes.heads import HeadProbe
 from metaint.probes.probe import Probe, assemble, quietly
+from metaint.probes.recurrence import RecurrenceProbe
+from metaint.scanning.given import given_inputs
 
 
 @contextmanager
@@ -27,6 +26,15 @@ def attach(model: Any, *probes: Probe) -> Iterator[Any]:
     themselves. Yields the probe (a tuple if there are several). A hook sees what those before it left: a pattern that
     you edit is read as edited where your hooks were on the model before this block, else as it was. On the way out,
     also by an exception, every hook is gone and what was read stays in the probes.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model = small_transformer(norm="pre", **sizes)
+    >>> with metaint.attach(model, metaint.HeadProbe()) as probe:
+    ...     logits = model(metaint.tasks.repeated_tokens(30, 8, batch=3))
+    >>> probe.to_scan()["heads"].attrs["sequences"]
+    3
     """
     with _attached(model, probes, private=False):
         yield probes[0] if len(probes) == 1 else probes
@@ -59,50 +67,81 @@ def scan(
 ) -> xr.DataTree:
     """Scan a model in evaluation mode: one forward pass for each batch feeds every probe.
 
-    `tokens` is a batch of token ids, a text, or None for 10 sequences of 50 random tokens repeated twice (see
-    `metaint.tasks`); `probes` defaults to `[HeadProbe()]`; `attributes` are recorded at the root of the scan. With a
-    `SaturationProbe` each sequence takes the place of several of the `batch_size` in a pass. Returns a `DataTree` with
-    one group for each probe. Raises InputError for tokens that the model can't take, HookAuditError
-    for a model whose hooks are not what a probe needs.
+    - `tokens`: token ids [batch, position], a text, or None for 10 sequences of 50 random tokens repeated twice
+      (`metaint.default_tokens`).
+    - `probes`: by default `[HeadProbe()]`.
+    - `attention_mask`: [batch, position], 0 where a token is padding; padding never counts.
+    - `batch_size`: sequences in a pass. With a `SaturationProbe` each takes the place of several.
+    - `attributes`: recorded at the root of the scan, beside model, seed, BOS and shape.
+
+    Returns a `DataTree` with one group for each probe. Raises InputError for tokens that the model can't take,
+    HookAuditError for a model whose hooks are not what a probe needs.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> scan = metaint.scan(small_transformer(norm="pre", **sizes), probes=[metaint.HeadProbe(), metaint.WeightProbe()])
+    >>> list(scan), scan["heads"]["induction"].shape
+    (['heads', 'weights'], (2, 2))
     """
-    probes = [HeadProbe()] if probes is None else list(probes)
-    facts: dict[str, Any] = {"task": "repeated_tokens" if tokens is None else "given", **(attributes or {})}
-    if tokens is None:
-        tokens = default_tokens(model, seed=seed)
-    tokens, mask = check_tokens(model, encoded(model, tokens), attention_mask)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
+    probes = chosen_probes(probes)
+    given = given_inputs(model, tokens, attention_mask=attention_mask, batch_size=batch_size, seed=seed)
     copies = max((probe.copies for probe in probes), default=1)
     size = max(1, batch_size // copies)
-    starts = range(0, len(tokens), size)
+    starts = range(0, len(given.tokens), size)
     wanted = "logits" if any(probe.reads_logits for probe in probes) else None
     with steady(model), _attached(model, probes, private=True):
         # A probe of the weights alone needs no pass.
         hooked = any(probe.shape and probe.hook_names(probe.shape) for probe in probes)
         for start in tqdm(starts if hooked else (), desc="scan", disable=not progress, leave=False):
             rows = slice(start, start + size)
-            padding = {} if mask is None else {"attention_mask": mask[rows].repeat(copies, 1)}
-            model(tokens[rows].repeat(copies, 1), return_type=wanted, **padding)
-    bos = starts_with_bos(model, tokens, mask)
-    return assemble(probes, {"seed": seed, "bos": int(bos), "tokens_shape": list(tokens.shape), **facts})
+            padding = {} if given.mask is None else {"attention_mask": given.mask[rows].repeat(copies, 1)}
+            model(given.tokens[rows].repeat(copies, 1), return_type=wanted, **padding)
+    return assemble(probes, {**given.facts, **(attributes or {})})
+
+
+def chosen_probes(probes: Sequence[Probe] | None) -> list[Probe]:
+    """The probes, a `HeadProbe` without any; InputError for one that tokens alone don't feed."""
+    chosen: list[Probe] = [HeadProbe()]
+    if probes is not None:
+        chosen = list(probes)
+    if any(isinstance(probe, RecurrenceProbe) for probe in chosen):
+        raise InputError(
+            "probes holds a RecurrenceProbe, which compares with sequences whose matrix is known: use "
+            "metaint.recur(model, vectors, matrices), which makes its own."
+        )
+    return chosen
 
 
 def read_cache(
     cache: Any,
     tokens: Int[Tensor, "batch position"] | None = None,
-    attention_mask: Tensor | None = None,
     probes: Sequence[Probe] | None = None,
+    *,
+    attention_mask: Tensor | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> xr.DataTree:
     """Scan an `ActivationCache` after the fact: nothing is run, and nothing in the cache is changed.
 
-    The token ids are in a bridge's cache (`embed.hook_in`); for `HookedTransformer` pass them. Without them the
-    measures that match tokens are not a number.
+    - `tokens`: token ids [batch, position]. A bridge's cache has them (`embed.hook_in`); for `HookedTransformer` pass
+      them. Without them the measures that match tokens are not a number.
+    - `probes`, `attention_mask`, `attributes`: as in `scan`.
+
+    Raises InputError for a cache that lacks what a probe reads.
+
+    >>> import metaint
+    >>> from transformer_lens import ActivationCache
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model, tokens = small_transformer(norm="pre", **sizes), metaint.tasks.repeated_tokens(30, 8, batch=3)
+    >>> cache = ActivationCache(model.run_with_cache(tokens)[1], model)
+    >>> metaint.read_cache(cache, tokens)["heads"].equals(metaint.scan(model, tokens)["heads"])
+    True
     """
-    probes = [HeadProbe()] if probes is None else list(probes)
+    probes = chosen_probes(probes)
     if not hasattr(cache, "model"):
         raise InputError(
-            f"cache is a {type(cache).__name__}: pass a model's ActivationCache (of a plain dict, "
+            f"cache is a {type(cache).__name__}: pass a model's ActivationCache (for a plain dict, "
             "ActivationCache(dict, model))."
         )
     watch = InputWatch()
@@ -126,47 +165,3 @@ def read_cache(
             with quietly(activation.device.type):
                 probe.read(name, activation.detach(), watch)
     return assemble(probes, attributes)
-
-
-def default_tokens(
-    model: Any,
-    length: int = 50,
-    batch: int = 10,
-    seed: int = 0,
-    bos: bool | None = None,
-    exact: bool = False,
-) -> Int[Tensor, "batch position"]:
-    """Random tokens repeated twice, from the ids that the model's tokenizer knows, after its BOS if it wants one.
-
-    The block is shortened to what the model's context and vocabulary hold, unless `exact`; then that is an InputError.
-    """
-    check_open(model)
-    from metaint.tasks.repeated import repeated_tokens
-
-    vocab = int(model.cfg.d_vocab)
-    tokenizer = getattr(model, "tokenizer", None)
-    special: list[int] = []
-    if tokenizer is not None and 2 * length < len(tokenizer) <= vocab:
-        vocab = len(tokenizer)
-        special = [i for i in getattr(tokenizer, "all_special_ids", []) if i is not None]
-    first = first_id(model, bos)
-    room = int(model.cfg.n_ctx) - (first is not None)
-    longest = min(room // 2, vocab - len(special))
-    if longest < 2 or (exact and length > longest):
-        raise InputError(f"repeat is {length}, and this model can repeat a block of at most {longest} tokens.")
-    length = min(length, longest)
-    ids = torch.tensor([i for i in range(vocab) if i not in set(special)]) if special else None
-    return repeated_tokens(vocab, length, batch=batch, bos=first, ids=ids, seed=seed)
-
-
-def text_tokens(
-    model: Any, text: str, length: int, windows: int, seed: int | None = 0, bos: bool | None = None
-) -> Int[Tensor, "batch position"]:
-    """Windows of a text in the model's own tokens, each after its BOS if it wants one; the first with no seed."""
-    from metaint.tasks.text import text_windows
-
-    if not 2 <= length <= model.cfg.n_ctx:
-        raise InputError(f"length is {length}: this model reads windows of 2 to {model.cfg.n_ctx} tokens.")
-    if getattr(model, "tokenizer", None) is None:
-        raise InputError("text was given, and this model has no tokenizer: pass token ids, or --repeat at the shell.")
-    return text_windows(model, text, length, batch=windows, bos=first_id(model, bos), seed=seed)

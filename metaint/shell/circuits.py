@@ -37,7 +37,7 @@ def trace(
     prose = read_text(text) if text is not None else None
     opened = open_model(model, revision, checkpoint, device, dtype)
     import metaint
-    from metaint.scanning.scan import default_tokens, text_tokens
+    from metaint.scanning.given import default_tokens, text_tokens
     from metaint.views.circuit.table import print_circuit
 
     if prose is None:

@@ -48,7 +48,7 @@ def _views(scan: Any, circuit: Path | None, name: str | None, text: Path | None)
 
 def _shown(model: Any, text: Path | None) -> Any:
     """One sequence: the beginning of a text, or a block of random tokens twice."""
-    from metaint.scanning.scan import default_tokens, text_tokens
+    from metaint.scanning.given import default_tokens, text_tokens
     from metaint.tasks import read_text
 
     if text is None:

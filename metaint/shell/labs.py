@@ -37,7 +37,7 @@ def inner(
 
     prose = read_text(text) if text is not None else None
     from metaint.labs.inner import run, toy_tokens
-    from metaint.scanning.scan import text_tokens
+    from metaint.scanning.given import text_tokens
 
     terminal = console()
     for name in ("toy", "gpt2") if model is None else (model,):

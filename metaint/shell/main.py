@@ -99,7 +99,7 @@ def scan(
     opened = open_model(model, revision, checkpoint, device, dtype)
     import metaint
     from metaint import scan
-    from metaint.scanning.scan import default_tokens, text_tokens
+    from metaint.scanning.given import default_tokens, text_tokens
 
     if prose is not None:
         source = {"task": "text", "source": str(text)}
@@ -132,17 +132,14 @@ def scan(
 @app.command()
 def saturate(
     model: Model,
-    mode: Annotated[
-        str, typer.Option(help="Scale the attention scores, or all_params (Merrill et al. 2021).")
-    ] = "scores",
-    scales: Annotated[str, typer.Option(help="Factors, joined by commas; inf for scores alone.")] = "",
-    faithful: Annotated[
-        bool, typer.Option("--faithful", help="With all_params: the published script's mask and counts too.")
-    ] = False,
+    scales: Annotated[
+        str | None, typer.Option(help="Factors of all parameters, joined by commas (default: 1,2,4 ... 1024).")
+    ] = None,
+    faithful: Annotated[bool, typer.Option("--faithful", help="The published script's mask and counts too.")] = False,
     text: Annotated[Path | None, typer.Option(help="Read windows of this text; else repeated random tokens.")] = None,
     length: Annotated[int, typer.Option(help="Window length for --text, in tokens.")] = 128,
     tokens: Annotated[int, typer.Option(help="About how many tokens to read in all.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Sequences (with their copies) in one forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 8,
     revision: Revision = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
@@ -152,18 +149,17 @@ def saturate(
     figures: Annotated[Path | None, typer.Option(help="Write the figures to this HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What becomes of MODEL as its attention scores, or all its parameters, are multiplied."""
-    check(mode in ("scores", "all_params"), f"--mode is {mode!r}: choose scores or all_params.")
+    """What becomes of MODEL as all its parameters are multiplied; of its scores alone: scan --probes saturation."""
     check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
     check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     check_page(figures)
-    factors = _factors(scales, mode)
+    factors = _factors(scales)
     from metaint.tasks import read_text
 
     prose = read_text(text) if text is not None else None
     opened = open_model(model, revision, checkpoint, device, dtype)
     import metaint
-    from metaint.scanning.scan import default_tokens, text_tokens
+    from metaint.scanning.given import default_tokens, text_tokens
     from metaint.views.groups.saturation import print_saturation
 
     if prose is None:
@@ -172,7 +168,7 @@ def saturate(
         batch = text_tokens(opened, prose, length, max(2, tokens // length), seed=seed)
         source = {"task": "text", "source": str(text)}
     options = {"batch_size": batch_size, "seed": seed, "progress": sys.stderr.isatty(), "attributes": source}
-    found = metaint.saturate(opened, batch, factors, mode, faithful=faithful, **options)
+    found = metaint.saturate(opened, batch, factors, faithful=faithful, **options)
     _keep(found, out, figures)
     if as_json:
         print(_as_text(found, ["saturation"], True))
@@ -183,17 +179,16 @@ def saturate(
             console().print(f"saved to {path}")
 
 
-def _factors(given: str, mode: str) -> tuple[float, ...]:
-    """The numbers in --scales, or the default of the mode."""
-    from metaint.measures.saturation import KAPPAS
+def _factors(given: str | None) -> tuple[float, ...]:
+    """The numbers in --scales, or those that `metaint.saturate` takes without any."""
     from metaint.scanning.saturate import SCALES
 
-    if not given:
-        return KAPPAS if mode == "scores" else SCALES
+    if given is None:
+        return SCALES
     try:
         return tuple(float(part) for part in given.split(","))
     except ValueError:
-        raise InputError(f"--scales is {given!r}: join numbers by commas, such as 1,2,4,inf.") from None
+        raise InputError(f"--scales is {given!r}: join numbers by commas, such as 1,2,4.") from None
 
 
 @app.command()

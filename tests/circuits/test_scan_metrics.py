@@ -318,7 +318,7 @@ def test_it_is_exported():
 @pytest.mark.real
 def test_what_the_attention_sink_of_a_real_model_rests_on(smollm2):
     """MLP 11 at position 0, and nowhere else: what layers 18 to 29 look at when they look at nothing."""
-    from metaint.scanning.scan import text_tokens
+    from metaint.scanning.given import text_tokens
 
     tokens = text_tokens(smollm2, metaint.tasks.python_prose(), length=48, windows=4)
     sink = scan_metric("first_token", layers=range(18, 30))

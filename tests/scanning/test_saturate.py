@@ -21,7 +21,7 @@ FAR = (512.0, 1024.0)
 
 
 def sweep(model, tokens, scales=FAR, **arguments):
-    return metaint.saturate(model, tokens, scales, mode="all_params", **arguments)["saturation"].to_dataset()
+    return metaint.saturate(model, tokens, scales, **arguments)["saturation"].to_dataset()
 
 
 def randomised(model, seed=0):
@@ -165,12 +165,6 @@ def test_padding_does_not_count(gpt2):
     assert_same(found, sweep(gpt2, tokens, (4.0,)), atol=2e-3)
 
 
-def test_scores_mode_is_the_probe(gpt2, repeated):
-    found = metaint.saturate(gpt2, repeated, (1, 4))
-    probe = metaint.scan(gpt2, repeated, [metaint.SaturationProbe((1, 4))])
-    assert_same(found["saturation"].to_dataset(), probe["saturation"].to_dataset())
-
-
 def test_the_published_count_shows_its_artefact():
     """A head with negative scores everywhere: the published mask sends it to the later keys, a true one to a single."""
     model = small("output", n_layers=1, n_heads=2, n_ctx=83)
@@ -243,12 +237,13 @@ def test_overflow_names_the_hook_and_the_factor():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"mode": "both"}, 'choose "scores" or "all_params"'),
-        ({"scales": (-1.0, 2.0), "mode": "all_params"}, "scales has -1"),
-        ({"scales": (math.inf,), "mode": "all_params"}, "scales has inf"),
-        ({"scales": (1.0,), "mode": "all_params"}, "no factor other than 1"),
-        ({"scales": (-1.0,)}, "kappas has -1"),
-        ({"faithful": True}, 'mode is "scores"'),
+        ({"scales": (-1.0, 2.0)}, "scales has -1"),
+        ({"scales": (math.inf,)}, "scales has inf"),
+        ({"scales": (1.0,)}, "no factor other than 1"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5: it must be an integer"),
+        ({"positions": 0}, "positions is 0: it must be at least 1"),
+        ({"seed": None}, "seed is None: it must be an integer"),
     ],
 )
 def test_bad_arguments(gpt2, repeated, arguments, words):

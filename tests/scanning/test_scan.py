@@ -8,7 +8,6 @@ import torch
 
 import metaint
 from metaint.errors import InputError
-from metaint.scanning.scan import default_tokens, text_tokens
 from metaint.tasks import repeated_tokens
 from metaint.toys.small import small_transformer
 from tests.builders import available_kinds, build
@@ -40,11 +39,6 @@ def test_bad_tokens_get_one_sentence(gpt2, tokens, mask, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_size_below_one_is_refused(gpt2):
-    with pytest.raises(InputError, match="batch_size is 0: it must be at least 1"):
-        metaint.scan(gpt2, GOOD, batch_size=0)
-
-
 def test_one_sequence_may_come_without_a_batch(gpt2):
     alone, batch = metaint.scan(gpt2, GOOD[0])["heads"], metaint.scan(gpt2, GOOD[:1])["heads"]
     assert (alone["entropy"] == batch["entropy"]).all()
@@ -53,31 +47,6 @@ def test_one_sequence_may_come_without_a_batch(gpt2):
 def test_a_text_is_read_in_the_model_s_own_tokens(gpt2):
     found = metaint.scan(gpt2, "the cat sat on the dog")
     assert found["heads"].attrs["tokens_seen"] == gpt2.to_tokens("the cat sat on the dog").numel()
-
-
-def test_default_tokens_repeat_and_use_what_the_tokenizer_knows(gpt2):
-    tokens = default_tokens(gpt2, length=20, batch=5)
-    special = set(gpt2.tokenizer.all_special_ids)
-    first = int(gpt2.cfg.default_prepend_bos)
-    assert tokens.shape == (5, 40 + first)
-    assert torch.equal(tokens[:, first : first + 20], tokens[:, first + 20 :])
-    assert not special & set(tokens[:, first:].flatten().tolist())
-    assert torch.equal(tokens, default_tokens(gpt2, length=20, batch=5))
-    assert not torch.equal(tokens, default_tokens(gpt2, length=20, batch=5, seed=1))
-    assert default_tokens(gpt2, length=20, bos=False).shape[1] == 40
-
-
-def test_a_block_that_does_not_fit_is_shortened_or_refused(gpt2):
-    assert default_tokens(gpt2, length=500).shape[1] <= 128
-    with pytest.raises(InputError, match="repeat is 500, and this model can repeat a block of at most"):
-        default_tokens(gpt2, length=500, exact=True)
-
-
-def test_windows_of_text_fit_the_model(gpt2):
-    words = "the cat sat on the dog " * 40
-    assert text_tokens(gpt2, words, 16, 4).shape == (4, 16)
-    with pytest.raises(InputError, match="length is 500: this model reads windows of 2 to 128 tokens"):
-        text_tokens(gpt2, words, 500, 4)
 
 
 def test_a_scan_records_where_it_comes_from(gpt2):
@@ -142,3 +111,11 @@ def test_weights_alone_need_no_pass(gpt2, repeated, monkeypatch):
     monkeypatch.setattr(type(gpt2), "forward", lambda *_, **__: pytest.fail("a pass was made"))
     again = metaint.scan(gpt2, repeated, [metaint.WeightProbe()])
     assert again["weights"]["total_norm"] == first["weights"]["total_norm"] > 0
+
+
+def test_a_recurrence_probe_is_sent_to_recur(gpt2):
+    probe = metaint.RecurrenceProbe({})
+    sentence = r"^probes holds a RecurrenceProbe, .*: use metaint\.recur\(model, vectors, matrices\)"
+    for call in (metaint.scan, metaint.read_cache):
+        with pytest.raises(InputError, match=sentence):
+            call(gpt2, GOOD, [probe])

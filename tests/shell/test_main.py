@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 import metaint
+from metaint.scanning.saturate import SCALES
 from metaint.tasks import repeated_tokens
 from tests.builders import available_kinds
 
@@ -314,23 +315,23 @@ def test_an_export_for_headvis_replaces_nothing_else(run, store, tmp_path):
 
 
 def test_saturate(run, folder, tmp_path):
-    asked = ("saturate", folder, "--mode", "all_params", "--scales", "1,8", "--faithful", "--tokens", 200)
+    asked = ("saturate", folder, "--scales", "1,8", "--faithful", "--tokens", 200)
     code, out, _ = run(*asked, "--out", tmp_path / "s.zarr", "--figures", tmp_path / "p.html")
     assert code == 0
     assert "all parameters times a scale" in out
     assert "Published estimator" in out
     assert metaint.load(tmp_path / "s.zarr")["saturation"]["scale"].values.tolist() == [1, 8]
-    code, out, _ = run("saturate", folder, "--scales", "2,inf", "--json", "--tokens", 200)
-    assert json.loads(out)["saturation"]["coordinates"]["scale"]["data"] == [2, "inf"]
+    code, out, _ = run("saturate", folder, "--json", "--tokens", 200)
+    assert json.loads(out)["saturation"]["coordinates"]["scale"]["data"] == list(SCALES)  # as in Python
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--mode", "both"], "--mode is 'both': choose scores or all_params."),
-        (["--scales", "1,x"], "--scales is '1,x': join numbers by commas, such as 1,2,4,inf."),
-        (["--scales", "-1"], "kappas has -1: a factor of the scores must be 0 or more."),
-        (["--faithful"], 'faithful is True, and mode is "scores": the published estimator needs mode="all_params".'),
+        (["--scales", "1,x"], "--scales is '1,x': join numbers by commas, such as 1,2,4."),
+        (["--scales", ""], "--scales is '': join numbers by commas, such as 1,2,4."),
+        (["--scales", "-1"], "scales has -1: parameters can be multiplied by finite numbers above 0."),
+        (["--batch-size", 0], "batch_size is 0: it must be at least 1."),
         (["--figures", "page"], "--figures is page: give it a name that ends in .html."),
     ],
 )

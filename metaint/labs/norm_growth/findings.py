@@ -157,7 +157,7 @@ def slopes_of(folder: str | Path, settings: Settings, text: str | None = None) -
     """
     model = trained_model(folder, text, torch.float64)
     tokens = characters(text, settings.length).held_out[:_SLOPE_WINDOWS]
-    found = saturate(model, tokens, _SCALES, "all_params", positions=16)["saturation"].to_dataset()
+    found = saturate(model, tokens, _SCALES, positions=16)["saturation"].to_dataset()
     rows = []
     for activation, name in _SLOPES.items():
         slope = found[name].sel(scale=_SCALES[0]).values if name in found else np.array(np.nan)

@@ -27,7 +27,7 @@ def scaled(gpt2, repeated):
 
 @pytest.fixture(scope="module")
 def swept(gpt2, repeated):
-    return metaint.saturate(gpt2, repeated, (4.0, 1024.0), "all_params", faithful=True)
+    return metaint.saturate(gpt2, repeated, (4.0, 1024.0), faithful=True)
 
 
 def printed(function, scan, width):
