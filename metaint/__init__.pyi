@@ -44,7 +44,7 @@ from .probes.recurrence import RecurrenceProbe as RecurrenceProbe
 from .probes.residual import ResidualProbe as ResidualProbe
 from .probes.saturation import SaturationProbe as SaturationProbe
 from .probes.weights import WeightProbe as WeightProbe
-from .scanning.recorder import Recorder as Recorder, read_recording as read_recording
+from .scanning.recorder import Recorder as Recorder
 from .scanning.recur import recur as recur
 from .scanning.saturate import saturate as saturate
 from .scanning.scan import (
@@ -55,6 +55,7 @@ from .scanning.scan import (
     text_tokens as text_tokens,
 )
 from .scans.labels import THRESHOLDS as THRESHOLDS, label_heads as label_heads, telling_heads as telling_heads
+from .scans.recordings import read_recording as read_recording
 from .scans.store import load as load, save as save
 from .views.attention.patterns import show_attention as show_attention, show_tokens as show_tokens
 from .views.circuit.graph import show_circuit as show_circuit

@@ -25,9 +25,9 @@ from metaint.models.parameters import chosen
 from metaint.models.reading import steady
 from metaint.models.scaled_pass import Batch, ScaledPass, published_pass, scaled_pass
 from metaint.models.tokens import check_tokens, encoded, starts_with_bos
-from metaint.probes.probe import as_scan
 from metaint.probes.saturation import SaturationProbe
 from metaint.scanning.scan import default_tokens, scan
+from metaint.scans.assemble import as_scan
 
 SCALES = tuple(2.0**i for i in range(11))
 PUBLISHED = 1000.0

@@ -16,7 +16,8 @@ from metaint.models.inputs import InputWatch, watching
 from metaint.models.reading import steady
 from metaint.models.tokens import check_tokens, encoded, first_id, starts_with_bos
 from metaint.probes.heads import HeadProbe
-from metaint.probes.probe import Probe, assemble, quietly
+from metaint.probes.probe import Probe, quietly
+from metaint.scans.assemble import assemble
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import xarray as xr
 from plotly import graph_objects as go
 
 from metaint.errors import InputError, StoreError
-from metaint.scanning.recorder import read_recording
 from metaint.scans.labels import label_heads
+from metaint.scans.recordings import read_recording
 from metaint.scans.store import load, write_text
 from metaint.views.drawing.page import document, figure_html
 from metaint.views.drawing.view import View

@@ -22,7 +22,7 @@ from metaint.labs.birth.findings import describe, last_line, print_findings
 from metaint.labs.birth.run import RECORDING, Settings, first_gradients, frozen_steps, states_of, train_run
 from metaint.labs.birth.training import restore
 from metaint.labs.common.side_by_side import OnStep, check_study, train_all
-from metaint.scanning.recorder import read_recording
+from metaint.scans.recordings import read_recording
 from metaint.scans.store import write_text
 
 QUICK: dict[str, Any] = {"length": 64, "batch": 64, "steps": 150, "records": 16}
