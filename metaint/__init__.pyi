@@ -69,6 +69,7 @@ from .views.groups.residual import plot_residual as plot_residual
 from .views.groups.saturation import plot_saturation as plot_saturation
 from .views.groups.training import plot_training as plot_training
 from .views.groups.weights import plot_weights as plot_weights
+from .views.report import report as report
 
 __version__: str
 __all__: list[str]

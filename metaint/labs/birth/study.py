@@ -131,10 +131,11 @@ def run(
 def birth_figures(out: str | Path, found: Findings, text: str | None = None) -> dict[str, Any]:
     """The figures of a study by name; of single models, those of its first run."""
     from metaint.labs.birth import figures as views, pictures
+    from metaint.views.groups.birth import plot_birth
 
     plain = {name: tree for name, tree in found.recordings.items() if not found.settings[name].frozen}
     frozen = {name: frozen_steps(found.settings[name].frozen) for name in found.recordings if name not in plain}
-    figures = {"birth": views.plot_birth(plain or found.recordings)}
+    figures = {"birth": plot_birth(plain or found.recordings)}
     if frozen:
         figures["staged"] = views.plot_staged(found.recordings, frozen)
     kinds = {(s.triggers, s.trigger_count, s.outputs, s.layers) for s in found.settings.values()}
