@@ -23,7 +23,8 @@ from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 import metaint
 from metaint.labs.demo import LENGTH, REPEATED, WINDOWS, reference_inputs
 from metaint.tasks import python_prose
-from metaint.views.groups.tables import head_frame, number, print_telling
+from metaint.views.drawing.terminal import number
+from metaint.views.groups.head_tables import head_frame, print_telling
 
 FOLDER = Path(__file__).parent / "heads"
 TITLES = {

@@ -45,7 +45,7 @@ from .probes.residual import ResidualProbe as ResidualProbe
 from .probes.saturation import SaturationProbe as SaturationProbe
 from .probes.weights import WeightProbe as WeightProbe
 from .scanning.given import default_tokens as default_tokens, text_tokens as text_tokens
-from .scanning.recorder import Recorder as Recorder, read_recording as read_recording
+from .scanning.recorder import Recorder as Recorder
 from .scanning.recur import recur as recur
 from .scanning.saturate import saturate as saturate
 from .scanning.scan import (
@@ -54,6 +54,7 @@ from .scanning.scan import (
     scan as scan,
 )
 from .scans.labels import THRESHOLDS as THRESHOLDS, label_heads as label_heads, telling_heads as telling_heads
+from .scans.recordings import read_recording as read_recording
 from .scans.store import load as load, save as save
 from .views.attention.patterns import show_attention as show_attention, show_tokens as show_tokens
 from .views.circuit.graph import show_circuit as show_circuit
@@ -67,6 +68,7 @@ from .views.groups.residual import plot_residual as plot_residual
 from .views.groups.saturation import plot_saturation as plot_saturation
 from .views.groups.training import plot_training as plot_training
 from .views.groups.weights import plot_weights as plot_weights
+from .views.report import report as report
 
 __version__: str
 __all__: list[str]

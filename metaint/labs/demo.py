@@ -5,6 +5,7 @@ to try next.
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from metaint.tasks import bigram
 from metaint.tasks.text import fold_prose
 from metaint.toys.embedded import save_toy, toy_of
 from metaint.views.attention.patterns import show_attention
+from metaint.views.drawing.terminal import number, plain_table
 from metaint.views.drawing.view import View
-from metaint.views.groups.tables import print_births, print_scan, print_telling
-from metaint.views.report import write_report
+from metaint.views.groups.head_tables import print_scan, print_telling
+from metaint.views.report import report
 
 # Most characters are triggers in turn: with the paper's 5 the head learns the frequent ones alone. None may be its
 # own output, which would end a sequence in one repeated character.
@@ -104,7 +106,7 @@ def show_smollm2(console: Console, text: str, seed: int, page: Path) -> None:
         f"repeat, and on {WINDOWS} x {LENGTH} tokens of prose.\n"
     )
     print_telling(console, scans["repeated_tokens"], scans["text"])
-    write_report(scans["repeated_tokens"], page, attention_views(model, scans["repeated_tokens"], inputs))
+    report(scans["repeated_tokens"], page, attention_views(model, scans["repeated_tokens"], inputs))
     console.print(
         f"  the report     {page.resolve()}  (opens without a network)\n"
         "Try next:\n"
@@ -168,3 +170,27 @@ def first_labelled(births: xr.DataTree) -> dict[tuple[str, str], int]:
         held = set(zip(named["head"], named["label"], strict=True))
         since = {pair: since.get(pair, int(step)) for pair in held}
     return since
+
+
+def print_births(console: Console, births: xr.DataTree, since: Mapping[tuple[str, str], int]) -> None:
+    """How two scores of the heads that hold such a label at the end grew over the checkpoints, and since when."""
+    heads, training = births["heads"].to_dataset(), births["training"].to_dataset()
+    wanted = {"previous_token": "previous_token", "induction": "induction"}
+    followed = sorted((head, label) for head, label in since if label in wanted)
+    if not followed:
+        console.print("No head holds the previous-token or the induction label at the end.\n")
+        return
+    table = plain_table("Over training")
+    for name in ("step", "in-context accuracy", *(f"{head} {label}" for head, label in followed)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for step in heads["step"].values:
+        cells = []
+        for head, label in followed:
+            layer, index = (int(part) for part in head.split("."))
+            value = float(heads[wanted[label]].sel(step=step, layer=layer, head=index))
+            cells.append(f"[bold]{number(value)}[/]" if step >= since[head, label] else number(value))
+        table.add_row(str(int(step)), number(float(training["accuracy"].sel(step=step))), *cells)
+    console.print(table)
+    for head, label in sorted(followed, key=lambda pair: since[pair]):
+        console.print(f"Head {head} appeared as {label} head at step {since[head, label]} (bold from there on).")
+    console.print()

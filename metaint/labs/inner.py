@@ -28,7 +28,7 @@ from metaint.scanning.scan import scan
 from metaint.scans.store import save, write_text
 from metaint.tasks import bigram
 from metaint.tasks.text import fold_prose, python_prose
-from metaint.views.groups.tables import number, plain_table
+from metaint.views.drawing.terminal import number, plain_table
 
 CONDITIONS = ("trained", "random initialisation", "shuffled tokens")
 # A first-order prediction within a factor of two of what happened is called one that holds.

@@ -17,7 +17,8 @@ from metaint.measures.resampling import bootstrap_interval
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
-from metaint.probes.probe import Probe, shaped
+from metaint.probes.probe import Probe
+from metaint.scans.assemble import shaped
 
 
 class HeadProbe(Probe):

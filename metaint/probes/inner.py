@@ -24,8 +24,9 @@ from metaint.models.describe import Shape, shape_of
 from metaint.models.inputs import InputWatch
 from metaint.models.readout import readout_of
 from metaint.models.translators import affine_translators
-from metaint.probes.probe import Probe, shaped
+from metaint.probes.probe import Probe
 from metaint.probes.stream import Rows, precise, widened_copy
+from metaint.scans.assemble import shaped
 
 PARTS = ("", "_attn", "_mlp")
 # Means over sampled tokens, kept as sums for each sequence and layer, with what counts them.

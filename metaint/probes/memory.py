@@ -18,8 +18,9 @@ from metaint.models.inputs import InputWatch
 from metaint.models.memory import LAGS, TOKENS, Embedding, Memories
 from metaint.models.reading import Unavailable
 from metaint.models.readout import readout_of
-from metaint.probes.probe import Hook, Probe, quietly, shaped
+from metaint.probes.probe import Hook, Probe, quietly
 from metaint.probes.stream import precise, widened_copy
+from metaint.scans.assemble import shaped
 
 EARLY, TOP = 64, 5
 # Pairs of heads grow with the square of the heads: a model of more has no key_composition_recall.

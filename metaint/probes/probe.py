@@ -1,9 +1,7 @@
 """The base of every probe: hooks that fold what they read into a small `torchmetrics` state."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from metaint.errors import HookAuditError, InputError
 from metaint.models.audit import require
 from metaint.models.describe import Shape, facts_of, shape_of
 from metaint.models.inputs import InputWatch
+from metaint.scans.assemble import assemble
 
 Hook = tuple[str, Callable[..., None]]
 TOKENS_HOOK, EMBEDDING_HOOK = "embed.hook_in", "hook_embed"
@@ -129,30 +128,8 @@ class Probe(Metric):
         return assemble([self], attributes)
 
 
-def shaped(dims: Sequence[str], value: Tensor, coords: Mapping[str, Any]) -> tuple[tuple[str, ...], Any]:
-    """A variable as xarray takes it: `compute` of torchmetrics takes the dimensions off what holds a single number."""
-    return tuple(dims), value.numpy().reshape([len(coords[dim]) for dim in dims])
-
-
 @contextmanager
 def quietly(device: str) -> Any:
     """Compute in full precision and off the tape, whatever mode the owner's forward pass runs in."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
-
-
-def assemble(probes: Sequence[Probe], attributes: Mapping[str, Any] | None = None) -> xr.DataTree:
-    """A scan from probes: one group each, with the model's facts and further attributes at the root."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns of a probe that has read nothing yet
-        groups = {probe.group: probe.to_dataset() for probe in probes}
-    return as_scan(groups, probes[0].facts if probes else {}, attributes)
-
-
-def as_scan(
-    groups: Mapping[str, xr.Dataset], facts: Mapping[str, Any], attributes: Mapping[str, Any] | None = None
-) -> xr.DataTree:
-    """A scan of these groups, with facts of the model, further attributes and versions at its root."""
-    versions = {f"{name.replace('-', '_')}_version": version(name) for name in ("metaint", "transformer-lens", "torch")}
-    root = xr.Dataset(attrs={**facts, **versions, **(attributes or {})})
-    return xr.DataTree.from_dict({"/": root, **{f"/{name}": data for name, data in groups.items()}})

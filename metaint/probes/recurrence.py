@@ -24,8 +24,9 @@ from metaint.measures import autoregression, recurrence
 from metaint.measures.resampling import bootstrap_interval
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
-from metaint.probes.probe import Probe, quietly, shaped
+from metaint.probes.probe import Probe, quietly
 from metaint.probes.stream import precise
+from metaint.scans.assemble import shaped
 
 Variables = dict[str, tuple[tuple[str, ...], Tensor]]
 

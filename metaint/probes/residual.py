@@ -20,8 +20,9 @@ from metaint.models.audit import holds
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
 from metaint.models.readout import final_norm_of
-from metaint.probes.probe import Probe, shaped
+from metaint.probes.probe import Probe
 from metaint.probes.stream import Rows, precise, widened_copy
+from metaint.scans.assemble import shaped
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Means over tokens that are kept for each sequence, layer and position bucket, with what counts them.

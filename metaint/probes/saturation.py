@@ -25,8 +25,9 @@ from metaint.models.describe import Shape
 from metaint.models.heads import repeat_heads
 from metaint.models.inputs import InputWatch
 from metaint.models.invariants import pattern_of, score_hooks
-from metaint.probes.probe import Probe, quietly, shaped
+from metaint.probes.probe import Probe, quietly
 from metaint.probes.stream import Rows, precise
+from metaint.scans.assemble import shaped
 
 Variables = dict[str, tuple[tuple[str, ...], Tensor]]
 

@@ -21,7 +21,8 @@ from metaint.models.folded import folded_layers
 from metaint.models.heads import repeat_heads
 from metaint.models.inputs import InputWatch
 from metaint.models.parameters import own_parameters, place_of, quantised
-from metaint.probes.probe import Hook, Probe, quietly, shaped
+from metaint.probes.probe import Hook, Probe, quietly
+from metaint.scans.assemble import shaped
 
 PARTS = ("attention", "mlp", "norm")
 # Places of parameters outside the blocks, after one for each part of each layer.

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from xarray.backends import ZarrStore
 
 from metaint.errors import MetaintError, StoreError
+from metaint.scans.recordings import root_of
 
 # Many small records share a file, so that a long recording opens fast.
 _CHUNK_BYTES, _CHUNK_RECORDS = 2**16, 256
@@ -151,35 +151,3 @@ def _replace(file: Path, content: bytes, aside: Path | None = None) -> None:
     aside = aside or file.with_name(f"{file.name}.new")
     aside.write_bytes(content)
     aside.replace(file)
-
-
-def root_of(path: Path) -> dict[str, Any]:
-    """The root's metadata, with the count of records; StoreError if it is no recording's."""
-    if not path.exists():
-        raise StoreError(f"{path} does not exist: give the folder that a Recorder wrote.")
-    try:
-        root = json.loads((path / "zarr.json").read_text())
-        if isinstance(root["attributes"]["records"], int):
-            return root
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise StoreError(f"{path} is not a recording, or a damaged one: give the folder that a Recorder wrote.")
-
-
-def groups_of(path: Path, records: int) -> dict[str, xr.Dataset]:
-    """Every group with its first `records` rows, however long a kill left its arrays."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return {file.parent.name: _cut(file.parent, records) for file in sorted(path.glob("*/zarr.json"))}
-    except Exception as error:  # Zarr raises KeyError, ValueError, JSON errors, ... for what is damaged
-        raise StoreError(f"{path} is damaged ({type(error).__name__}): record again to another path.") from error
-
-
-def _cut(folder: Path, records: int) -> xr.Dataset:
-    variables, attributes = ZarrStore.open_group(folder, mode="r", consolidated=False).load()
-    cut = {n: v.isel(step=slice(records)) if "step" in v.dims else v for n, v in variables.items()}
-    data = xr.decode_cf(xr.Dataset(cut, attrs=attributes)).load()
-    if data.sizes["step"] != records:
-        raise ValueError(f"{folder} has {data.sizes['step']} of {records} records")
-    return data

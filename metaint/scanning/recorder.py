@@ -25,8 +25,9 @@ from metaint.errors import InputError, StoreError
 from metaint.models.describe import facts_of
 from metaint.probes.probe import Probe
 from metaint.scanning.given import given_inputs, whole
-from metaint.scanning.record_store import append, create, groups_of, layout_of, root_of, trim, with_step, writing
+from metaint.scanning.record_store import append, create, layout_of, trim, with_step, writing
 from metaint.scanning.scan import chosen_probes, scan
+from metaint.scans.recordings import groups_of, root_of
 
 # What must be the same to go on with a recording; the device and the versions may change.
 _SAME = ("model", "weights", "dtype", "n_layers", "n_heads", "attention", "seed", "tokens_sha256", "probes")
@@ -209,21 +210,6 @@ class Recorder:
                 with suppress(Exception):  # so that metaint.load finds it whole again too
                     trim(self._path, len(self._steps))
                 raise
-
-
-def read_recording(path: str | Path) -> xr.DataTree:
-    """The whole records of a recording, finished or not, as `step` before each variable's own dimensions.
-
-    Coordinates that never changed have no `step`, as after `xarray.concat`. Raises StoreError if the path is missing,
-    not a recording, or damaged.
-    """
-    attributes = root_of(Path(path))["attributes"]
-    groups = groups_of(Path(path), attributes["records"])
-    for name, data in groups.items():
-        first = data.isel(step=0, drop=True).variables
-        still = [n for n in first if n in data.coords and first[n].broadcast_equals(data.variables[n])]
-        groups[name] = data.assign_coords({n: first[n] for n in still})
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), **groups})
 
 
 # What a recorder takes, and what it gives back to the loop.

@@ -18,9 +18,10 @@ from metaint.errors import InputError
 from metaint.measures import recurrence
 from metaint.models.describe import check_open, is_causal
 from metaint.models.reading import random_tokens, steady
-from metaint.probes.probe import assemble, quietly
+from metaint.probes.probe import quietly
 from metaint.probes.recurrence import RecurrenceProbe, indices_of, tuned_descents
 from metaint.scanning.scan import attach
+from metaint.scans.assemble import assemble
 
 Predict = Callable[[Tensor], Tensor]
 

@@ -24,8 +24,8 @@ from metaint.models.invariants import score_hooks
 from metaint.models.parameters import chosen
 from metaint.models.reading import steady
 from metaint.models.scaled_pass import Batch, ScaledPass, published_pass, scaled_pass
-from metaint.probes.probe import as_scan
 from metaint.scanning.given import given_inputs, whole
+from metaint.scans.assemble import as_scan
 
 SCALES = tuple(2.0**i for i in range(11))
 PUBLISHED = 1000.0

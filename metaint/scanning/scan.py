@@ -13,9 +13,10 @@ from metaint.errors import InputError
 from metaint.models.inputs import InputWatch, watching
 from metaint.models.reading import steady
 from metaint.probes.heads import HeadProbe
-from metaint.probes.probe import Probe, assemble, quietly
+from metaint.probes.probe import Probe, quietly
 from metaint.probes.recurrence import RecurrenceProbe
 from metaint.scanning.given import given_inputs
+from metaint.scans.assemble import assemble
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import xarray as xr
 
 from metaint.errors import StoreError
+from metaint.scans.recordings import read_recording
 
 
 def save(scan: xr.DataTree, path: str | Path) -> Path:
@@ -47,12 +48,29 @@ def whole_folder(path: Path, what: str) -> Iterator[Path]:
 
 
 def load(path: str | Path) -> xr.DataTree:
-    """Read a scan into memory; StoreError if the path is missing or not a whole scan."""
+    """Read a scan into memory, or the whole records of a recording, finished or not (`metaint.read_recording`).
+
+    Raises StoreError if the path is missing or neither.
+
+    >>> import metaint, tempfile, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=1, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(20).view(2, 10))
+    >>> metaint.load(metaint.save(scan, tempfile.mkdtemp() + "/scan.zarr"))["heads"].equals(scan["heads"])
+    True
+    """
     path = Path(path)
     if not path.exists():
         raise StoreError(f"{path} does not exist: give the folder that save or --out wrote.")
     if not _is_store(path):
         raise StoreError(f"{path} is not a Zarr store: give the folder that save or --out wrote.")
+    try:
+        return read_recording(path)
+    except StoreError:  # no recording, or one of its steps that was saved as a scan and remembers where it comes from
+        return _read_scan(path)
+
+
+def _read_scan(path: Path) -> xr.DataTree:
     try:
         with xr.open_datatree(path, engine="zarr", consolidated=False) as tree:
             scan = tree.load()

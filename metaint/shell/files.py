@@ -23,10 +23,10 @@ def report(
     """Write SCAN to one HTML file that opens offline: provenance, labels, and every figure with its source."""
     check(out.suffix == ".html", f"--out is {out}: give it a name that ends in .html.")
     check(text is None or model is not None, f"--text is {text}: patterns on it need --model.")
-    from metaint.views.report import open_scan, write_report
+    import metaint
 
-    found = open_scan(scan)
-    console().print(f"saved to {write_report(found, out, _views(found, circuit, model, text))}")
+    loaded = metaint.load(scan)
+    console().print(f"saved to {metaint.report(loaded, out, _views(loaded, circuit, model, text))}")
 
 
 def _views(scan: Any, circuit: Path | None, name: str | None, text: Path | None) -> dict[str, Any]:
@@ -73,23 +73,19 @@ def export(
     form = form or "csv"
     check(form in _FORMATS, f"--as is {form!r}: choose one of {', '.join(_FORMATS)}.")
     check(not out.is_file(), f"--out is {out}, which is a file: name a folder.")
-    from metaint.views.report import open_scan
+    import metaint
 
-    scan = open_scan(source)
+    scan = metaint.load(source)
     if form == "headvis":
-        from metaint.views.export.headvis import save_headvis
-
-        console().print(f"saved to {save_headvis(scan, out)}: serve it as the data folder of HeadVis")
+        console().print(f"saved to {metaint.save_headvis(scan, out)}: serve it as the data folder of HeadVis")
         return
-    from metaint.views.export.tables import save_tables
-
-    paths = save_tables(scan, out, form)
+    paths = metaint.save_tables(scan, out, form)
     console().print(f"saved {len(paths)} tables to {out}: {', '.join(path.stem for path in paths)}")
 
 
 def _export_circuit(source: Path, out: Path, form: str | None) -> None:
     check(form is None, f"--as is {form!r}, and {source} is a circuit: leave it out.")
     check(out.suffix == ".json", f"--out is {out}: give it a name that ends in .json.")
-    from metaint.circuits.files import load_circuit, save_circuit
+    import metaint
 
-    console().print(f"saved to {save_circuit(load_circuit(source), out)}")
+    console().print(f"saved to {metaint.save_circuit(metaint.load_circuit(source), out)}")

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from metaint.errors import InputError, MetaintError
+from metaint.scans.groups import BY_NAME, SCANNED
 from metaint.shell.circuits import trace
 from metaint.shell.common import (
     Checkpoint,
@@ -35,16 +36,6 @@ app = typer.Typer(
 app.add_typer(lab, name="lab")
 
 
-_PROBES = {
-    "heads": "HeadProbe",
-    "residual": "ResidualProbe",
-    "inner": "InnerProbe",
-    "saturation": "SaturationProbe",
-    "memory": "MemoryProbe",
-    "weights": "WeightProbe",
-}
-
-
 def main() -> None:
     """Run the command; the family's own errors become one sentence and status 2."""
     try:
@@ -57,7 +48,7 @@ def main() -> None:
 @app.command()
 def scan(
     model: Model,
-    probes: Annotated[str, typer.Option(help=f"Joined by commas: {', '.join(_PROBES)}; one pass feeds all.")] = "heads",
+    probes: Annotated[str, typer.Option(help=f"Joined by commas: {', '.join(SCANNED)}; one pass feeds all.")] = "heads",
     text: Annotated[Path | None, typer.Option(help="Read windows of this text.")] = None,
     repeat: Annotated[
         int | None, typer.Option(help="Read random tokens, this many, repeated twice (default 50).")
@@ -92,7 +83,7 @@ def scan(
     check(repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated.")
     check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     from metaint.tasks import read_text
-    from metaint.views.groups.tables import SCORES
+    from metaint.views.groups.head_tables import SCORES
 
     check(sort is None or sort in SCORES, f"--sort is {sort!r}: choose one of {', '.join(SCORES)}.")
     prose = read_text(text) if text is not None else None
@@ -108,7 +99,7 @@ def scan(
         block = repeat or 50
         source = {"task": "repeated_tokens"}
         batch = default_tokens(opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None)
-    readers = [getattr(metaint, _PROBES[name])() for name in chosen]
+    readers = [getattr(metaint, BY_NAME[name].probe)() for name in chosen]
     found = scan(
         opened, batch, readers, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), attributes=source
     )
@@ -202,7 +193,7 @@ def audit(
     """Check which invariants MODEL's hooks and weights hold."""
     opened = open_model(model, revision, checkpoint, device, dtype)
     from metaint import audit
-    from metaint.views.groups.tables import print_audit
+    from metaint.views.audit import print_audit
 
     print_audit(console(), audit(opened), model)
 
@@ -234,25 +225,20 @@ def demo(
 def _probe_names(given: str) -> list[str]:
     """The names in --probes, each once."""
     names = [name.strip() for name in given.split(",")]
-    known = len(set(names)) == len(names) and set(names) <= set(_PROBES)
-    check(known, f"--probes is {given!r}: join some of {', '.join(_PROBES)} by commas, each once.")
+    known = len(set(names)) == len(names) and set(names) <= set(SCANNED)
+    check(known, f"--probes is {given!r}: join some of {', '.join(SCANNED)} by commas, each once.")
     return names
 
 
 def _as_text(found: Any, chosen: list[str], as_json: bool) -> str:
     """A scan for machines: JSON of every group, or the table of the one group as CSV."""
-    from metaint.views.groups.streams import layer_frame, scan_json
-    from metaint.views.groups.tables import to_csv, to_json
+    from metaint.views.export.scan_json import scan_json
+    from metaint.views.groups.catalogue import VIEWS
 
     if as_json:
-        return (to_json if chosen == ["heads"] else scan_json)(found)
-    from metaint.views.groups.memory import memory_frame
-    from metaint.views.groups.saturation import saturation_frame
-    from metaint.views.groups.weights import weights_frame
-
-    frames = {"saturation": saturation_frame, "memory": memory_frame, "weights": weights_frame}
-    frame = frames.get(chosen[0], lambda scan: layer_frame(scan, chosen[0]))
-    return (to_csv(found) if chosen == ["heads"] else frame(found).to_csv(index=False)).rstrip("\n")
+        return scan_json(found)
+    frame = next(iter(VIEWS[chosen[0]].frames.values()))
+    return frame(found).to_csv(index=False).rstrip("\n")
 
 
 def _keep(found: Any, out: Path | None, figures: Path | None) -> None:
@@ -268,21 +254,11 @@ def _keep(found: Any, out: Path | None, figures: Path | None) -> None:
 
 
 def _print_groups(console: Console, found: Any, chosen: list[str], sort: str | None, top: int | None) -> None:
-    from metaint.views.groups.memory import print_memory
-    from metaint.views.groups.saturation import print_saturation
-    from metaint.views.groups.streams import print_inner, print_residual
-    from metaint.views.groups.tables import print_scan
-    from metaint.views.groups.weights import print_weights
+    from metaint.views.groups.catalogue import VIEWS
+    from metaint.views.groups.head_tables import print_scan
 
-    tables = {
-        "residual": print_residual,
-        "inner": print_inner,
-        "saturation": print_saturation,
-        "memory": print_memory,
-        "weights": print_weights,
-    }
     for name in chosen:
         if name == "heads":
             print_scan(console, found, sort, top)
         else:
-            tables[name](console, found)
+            VIEWS[name].print(console, found)

@@ -34,12 +34,12 @@ class ScanAccessor:
         from metaint.errors import InputError
         from metaint.views.report import figures_of
 
-        found = figures_of(self._scan)
+        by_group = figures_of(self._scan)
         if group is None:
-            return {name: figure for figures in found.values() for name, figure in figures.items()}
-        if group not in found:
-            raise InputError(f"group is {group!r}: this scan has figures of {', '.join(found)}.")
-        figures = found[group]
+            return {name: figure for figures in by_group.values() for name, figure in figures.items()}
+        if group not in by_group:
+            raise InputError(f"group is {group!r}: this scan has figures of {', '.join(by_group)}.")
+        figures = dict(by_group[group])
         return figures if len(figures) > 1 else next(iter(figures.values()))
 
     def labels(self) -> "pd.DataFrame":
@@ -55,10 +55,10 @@ class ScanAccessor:
         return tables_of(self._scan)
 
     def report(self, path: str | Path, views: "Mapping[str, View] | None" = None) -> Path:
-        """Write the scan to one HTML file that needs no network, as `metaint report` does.
+        """Write the scan to one HTML file that needs no network, as `metaint.report` does.
 
         `views` are further pictures with their titles, such as {"Circuit": metaint.show_circuit(circuit)}.
         """
-        from metaint.views.report import write_report
+        from metaint.views.report import report
 
-        return write_report(self._scan, path, views)
+        return report(self._scan, path, views)

@@ -5,7 +5,7 @@ text, wherever it stands. `figures_of` gives the figures alone.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,52 +13,16 @@ from typing import Any
 import xarray as xr
 from plotly import graph_objects as go
 
-from metaint.errors import InputError, StoreError
-from metaint.scanning.recorder import read_recording
+from metaint.errors import InputError
 from metaint.scans.labels import label_heads
-from metaint.scans.store import load, write_text
+from metaint.scans.store import write_text
 from metaint.views.drawing.page import document, figure_html
+from metaint.views.drawing.terminal import number
 from metaint.views.drawing.view import View
-from metaint.views.groups.heads import plot_heads
-from metaint.views.groups.inner import plot_inner
-from metaint.views.groups.memory import plot_memory
-from metaint.views.groups.recurrence import recurrence_figures
-from metaint.views.groups.residual import plot_residual
-from metaint.views.groups.saturation import saturation_figures
-from metaint.views.groups.tables import number
-from metaint.views.groups.training import drawn_groups, plot_training
-from metaint.views.groups.weights import plot_weights
+from metaint.views.groups import training
+from metaint.views.groups.catalogue import VIEWS
 
-Figures = dict[str, go.Figure]
-
-# Where what a group holds comes from, in one line.
-SOURCES = {
-    "heads": "Olsson et al. 2022, In-context Learning and Induction Heads (arXiv 2209.11895); argmax and averaging "
-    "heads: Merrill et al. 2021 (arXiv 2010.09697); sinks: Gu et al. 2025 (arXiv 2410.10781).",
-    "residual": "An operational definition of our own, after Wu & Varshney 2023, A Meta-Learning Perspective on "
-    "Transformers for Causal Language Modeling (arXiv 2310.05884).",
-    "inner": "An operational definition of our own, after Wu & Varshney 2023, A Meta-Learning Perspective on "
-    "Transformers for Causal Language Modeling (arXiv 2310.05884).",
-    "saturation": "Merrill et al. 2021, Effects of Parameter Norm Growth During Transformer Training "
-    "(arXiv 2010.09697).",
-    "memory": "Bietti et al. 2023, Birth of a Transformer: A Memory Viewpoint (arXiv 2306.00802).",
-    "weights": "Norms: Merrill et al. 2021 (arXiv 2010.09697); copying and composition: Elhage et al. 2021, A "
-    "Mathematical Framework for Transformer Circuits (transformer-circuits.pub, not on arXiv).",
-    "recurrence": "Sander et al. 2024, How do Transformers Perform In-Context Autoregressive Learning? "
-    "(arXiv 2402.05787).",
-    "training": "Kinds of heads: Olsson et al. 2022 (arXiv 2209.11895); norms and saturation: Merrill et al. 2021 "
-    "(arXiv 2010.09697); memories of an induction head: Bietti et al. 2023 (arXiv 2306.00802).",
-}
-
-_PLOTS: dict[str, Callable[[xr.DataTree], Figures]] = {
-    "heads": lambda scan: {"heads": plot_heads(scan)},
-    "residual": lambda scan: {"residual": plot_residual(scan)},
-    "inner": lambda scan: {"inner": plot_inner(scan)},
-    "saturation": saturation_figures,
-    "memory": lambda scan: {"memory": plot_memory(scan)},
-    "weights": lambda scan: {"weights": plot_weights(scan)},
-    "recurrence": recurrence_figures,
-}
+Figures = Mapping[str, go.Figure]
 
 # First in the table of provenance, in this order and under these names; what else a scan records follows.
 _FACTS = {
@@ -72,27 +36,37 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-def write_report(scan: xr.DataTree, path: str | Path, views: Mapping[str, View] | None = None) -> Path:
+def report(scan: xr.DataTree, path: str | Path, views: Mapping[str, View] | None = None) -> Path:
     """Write what a scan holds to one HTML file that needs no network, and return its path.
 
-    A recording over training is drawn over its steps, and what else its groups allow at the last one. `views` are
-    circuits, attention or tokens, each under its title; they come before the figures, and the scripts that several
-    share are written once. An earlier file is replaced once the new one is whole. InputError where a scan has no group
-    that can be drawn, StoreError if the file can't be written.
+    - `scan`: a scan, or a recording over training, which is drawn over its steps, and what else its groups allow at
+      the last one.
+    - `path`: where to write the page; an earlier file is replaced once the new one is whole.
+    - `views`: circuits, attention or tokens (`metaint.show_circuit` and its like), each under its title; they come
+      before the figures, and the scripts that several share are written once.
+
+    Raises InputError where a scan has no group that can be drawn, StoreError if the file can't be written.
+
+    >>> import metaint, tempfile, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=1, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(20).view(2, 10))
+    >>> metaint.report(scan, tempfile.mkdtemp() + "/report.html").name
+    'report.html'
     """
     figures = figures_of(scan)
-    sections = [("Provenance", f"<h2>Provenance</h2>{_provenance(scan)}")]
-    last = _last_step(scan)
-    if "heads" in figures:
-        title = f"Labelled heads{_step_told(scan)}"
-        sections.append((title, f"<h2>{title}</h2>{_label_table(last)}"))
     views = views or {}
+    sections = [("Provenance", f"<h2>Provenance</h2>{_provenance(scan)}")]
+    if "heads" in figures:
+        title = f"Labelled heads{_at_step(scan)}"
+        sections.append((title, f"<h2>{title}</h2>{_label_table(_last_step(scan))}"))
     for title, view in views.items():
         sections.append((title, f"<h2>{escape(title)}</h2>{view.body}{_source(view.source)}"))
-    drawn = [(group, figure) for group, found in figures.items() for figure in found.values()]
+    drawn = [(group, figure) for group, by_name in figures.items() for figure in by_name.values()]
     for i, (group, figure) in enumerate(drawn):
         layout: Any = figure.layout
-        sections.append((layout.title.text, figure_html(figure, i) + _source(SOURCES[group])))
+        source = training.SOURCE if group == "training" else VIEWS[group].source
+        sections.append((layout.title.text, figure_html(figure, i) + _source(source)))
     links = "".join(f'<li><a href="#section-{i}">{escape(title)}</a></li>' for i, (title, _) in enumerate(sections))
     body = "\n".join(f'<section id="section-{i}">{html}</section>' for i, (_, html) in enumerate(sections))
     title = f"metaint: {scan.attrs.get('model', 'scan')}"
@@ -102,16 +76,8 @@ def write_report(scan: xr.DataTree, path: str | Path, views: Mapping[str, View] 
     return Path(path)
 
 
-def _source(told: str) -> str:
-    return f'<p class="source">Source: {escape(told)}</p>' if told else ""
-
-
-def open_scan(path: str | Path) -> xr.DataTree:
-    """A scan from disk, or the whole records of a recording, finished or not; StoreError if it is neither."""
-    try:
-        return read_recording(path)
-    except StoreError:
-        return load(path)
+def _source(source: str) -> str:
+    return f'<p class="source">Source: {escape(source)}</p>' if source else ""
 
 
 def figures_of(scan: xr.DataTree) -> dict[str, Figures]:
@@ -119,14 +85,18 @@ def figures_of(scan: xr.DataTree) -> dict[str, Figures]:
 
     InputError where there is none.
     """
-    found: dict[str, Figures] = {"training": {"training": plot_training(scan)}} if drawn_groups(scan) else {}
+    figures: dict[str, Figures] = {}
+    if training.drawn_groups(scan):
+        figures["training"] = {"training": training.plot_training(scan)}
     last = _last_step(scan)
-    if step := _step_told(scan):
+    step = _at_step(scan)
+    if step:
         last.attrs["model"] = f"{scan.attrs.get('model', 'scan')}{step}"
-    found |= {group: plots(last) for group, plots in _PLOTS.items() if group in _groups(last)}
-    if not found:
-        raise InputError(f"scan has no group that can be drawn: it needs one of {', '.join(_PLOTS)}.")
-    return found
+    groups = _groups(last)
+    figures |= {group: view.figures(last) for group, view in VIEWS.items() if group in groups}
+    if not figures:
+        raise InputError(f"scan has no group that can be drawn: it needs one of {', '.join(VIEWS)}.")
+    return figures
 
 
 def _groups(scan: xr.DataTree) -> dict[str, xr.Dataset]:
@@ -142,17 +112,19 @@ def _last_step(scan: xr.DataTree) -> xr.DataTree:
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(scan.attrs)), **groups})
 
 
-def _step_told(scan: xr.DataTree) -> str:
+def _at_step(scan: xr.DataTree) -> str:
     """What a recording's last step adds to a title (" at step 400"); nothing for a scan."""
-    groups = {name: data for name, data in _groups(scan).items() if name in _PLOTS and "step" in data.dims}
-    return f" at step {max(int(data['step'].values[-1]) for data in groups.values())}" if groups else ""
+    last = [
+        int(data["step"].values[-1]) for name, data in _groups(scan).items() if name in VIEWS and "step" in data.dims
+    ]
+    return f" at step {max(last)}" if last else ""
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 
 def _provenance(scan: xr.DataTree) -> str:
-    facts = {told: scan.attrs[key] for key, told in _FACTS.items() if key in scan.attrs}
+    facts = {title: scan.attrs[key] for key, title in _FACTS.items() if key in scan.attrs}
     if "bos" in scan.attrs:
         facts[_FACTS["bos"]] = "yes" if scan.attrs["bos"] else "no"
     facts |= {str(key).replace("_", " "): value for key, value in scan.attrs.items() if key not in _FACTS}
@@ -180,7 +152,7 @@ def _label_table(scan: xr.DataTree) -> str:
     if named.empty:
         return f"<p>{left}</p>"
     heads = "".join(
-        f'<th aria-sort="none"><button type="button">{escape(told)}</button></th>' for told in _COLUMNS.values()
+        f'<th aria-sort="none"><button type="button">{escape(title)}</button></th>' for title in _COLUMNS.values()
     )
     rows = "".join(f"<tr>{''.join(_cell(row, name) for name in _COLUMNS)}</tr>" for row in named.to_dict("records"))
     return (

@@ -66,3 +66,15 @@ def test_what_is_no_scan_is_named(repeated_scan, tmp_path):
     metaint.save(xr.DataTree(), tmp_path / "empty.zarr")
     with pytest.raises(StoreError, match=r"empty\.zarr holds no group of a scan"):
         metaint.load(tmp_path / "empty.zarr")
+
+
+def test_a_recording_and_what_was_cut_out_of_it_are_opened(repeated_scan, gpt2, repeated, tmp_path):
+    recorder = metaint.Recorder(gpt2, [metaint.HeadProbe()], every=1, path=tmp_path / "run.zarr", tokens=repeated[:2])
+    for step in range(3):
+        recorder(step)
+    recording = metaint.load(tmp_path / "run.zarr")
+    xr.testing.assert_identical(recording, metaint.read_recording(tmp_path / "run.zarr"))
+    assert recording["heads"]["window"].dims == ("layer",)
+    for part in (recording.isel(step=-1), recording.isel(step=[0, 2])):
+        cut = metaint.load(metaint.save(part, tmp_path / "part.zarr"))
+        xr.testing.assert_equal(cut["heads"].to_dataset(), part["heads"].to_dataset())

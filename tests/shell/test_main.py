@@ -37,7 +37,7 @@ def test_no_cell_is_cut(run, folder, monkeypatch, width):
 def test_a_large_model_prints_its_first_heads(repeated_scan, capsys):
     from rich.console import Console
 
-    from metaint.views.groups.tables import FEW_ROWS, print_scan
+    from metaint.views.groups.head_tables import FEW_ROWS, print_scan
 
     heads = repeated_scan["heads"].to_dataset().isel(head=[0] * 64, layer=[0] * 80)
     big = heads.assign_coords(head=range(64), layer=range(80))

@@ -12,18 +12,19 @@ from plotly import graph_objects as go
 
 import metaint
 from metaint.errors import InputError
+from metaint.scans.finding import kind_of
+from metaint.scans.groups import BY_NAME, SCANNED
 from metaint.tasks import autoregressive
 from metaint.toys.linear_attention import gradient_step
-from metaint.views.groups.streams import PROBES, kind_of
 
-GROUPS = [*PROBES, "recurrence"]
+GROUPS = list(BY_NAME)
 COMPARED = ("residual", "inner", "recurrence")
 
 
 @pytest.fixture(scope="module")
 def scan(gpt2, repeated):
     """All groups in one tree, and what training records."""
-    found = metaint.scan(gpt2, repeated, [getattr(metaint, probe)() for probe in PROBES.values()])
+    found = metaint.scan(gpt2, repeated, [getattr(metaint, BY_NAME[name].probe)() for name in SCANNED])
     sample = autoregressive("haar", 3, 20, 24, dtype=torch.float64)
     found["recurrence"] = metaint.recur(gradient_step(3, 0.05, dtype=torch.float64), *sample)["recurrence"]
     found["training"] = xr.DataTree(xr.Dataset({"loss": ("step", [2.0, 1.0])}, {"step": [0, 9]}))
@@ -68,7 +69,7 @@ def test_groups_are_known_by_what_they_hold(scan):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_is_no_scan_is_told_in_a_sentence(scan, group):
-    makers = f"scan with metaint.{PROBES.get(group)}(), or --probes {group} at the shell"
+    makers = f"scan with metaint.{BY_NAME[group].probe}(), or --probes {group} at the shell"
     makers = "make one with metaint.recur" if group == "recurrence" else makers
     many = group in COMPARED
     over = xr.DataTree.from_dict({f"/{group}": scan[group].to_dataset().expand_dims(step=[0, 5])})

@@ -9,7 +9,8 @@ import xarray as xr
 
 import metaint
 from metaint.errors import InputError, StoreError
-from metaint.views.report import SOURCES, figures_of, labelled_heads, open_scan, write_report
+from metaint.views.groups.catalogue import VIEWS
+from metaint.views.report import figures_of, labelled_heads, report
 from tests.labs.birth.test_figures import recording as birth_recording
 from tests.views.circuit.circuits import of_gpt2
 from tests.views.groups.test_heads import planted
@@ -34,7 +35,7 @@ def scan(gpt2, repeated):
 
 @pytest.fixture(scope="module")
 def page(scan, tmp_path_factory):
-    return write_report(scan, tmp_path_factory.mktemp("report") / "report.html").read_text()
+    return report(scan, tmp_path_factory.mktemp("report") / "report.html").read_text()
 
 
 def recorded(scan, steps=(0, 10)):
@@ -54,7 +55,7 @@ def test_every_figure_the_groups_allow_is_there_with_its_source(scan, page):
     assert page.count("Plotly.newPlot(") - page.split("</head>")[0].count("Plotly.newPlot(") == 7
     assert page.count('<p class="source">Source: ') == 7
     for group in FIGURES:
-        assert html.escape(SOURCES[group]) in page
+        assert html.escape(VIEWS[group].source) in page
     ids = re.findall(r'<section id="([^"]+)"', page)
     assert len(set(ids)) == len(ids) == 9
     links = dict(re.findall(r'<li><a href="#([^"]+)">([^<]+)</a></li>', page))
@@ -69,10 +70,10 @@ def test_it_needs_no_network_and_loads_plotly_once(page, tmp_path, scan):
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page.split("</head>")[1])
     assert page.count("<script>/**") == 1
     assert len(page) < 12e6
-    path = write_report(scan, tmp_path / "r.html")
+    path = report(scan, tmp_path / "r.html")
     assert [path] == list(tmp_path.iterdir())
     with pytest.raises(StoreError, match="could not be written"):
-        write_report(scan, tmp_path / "absent" / "r.html")
+        report(scan, tmp_path / "absent" / "r.html")
 
 
 def test_provenance_tells_what_was_read(scan, page):
@@ -89,7 +90,7 @@ def test_provenance_tells_what_was_read(scan, page):
 
 def test_labels_stand_in_the_table_with_their_evidence(tmp_path):
     scan = planted(80, 64)
-    page = write_report(scan, tmp_path / "r.html").read_text()
+    page = report(scan, tmp_path / "r.html").read_text()
     table = re.search(r"<tbody>(.*?)</tbody>", page, re.S).group(1)
     cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("</tr>")[:-1]]
     expected = metaint.label_heads(scan).query("label != 'none'").sort_values("margin", ascending=False)
@@ -128,7 +129,7 @@ def test_heads_to_show_are_those_with_a_label():
 def test_texts_of_models_stay_texts(tmp_path):
     scan = planted()
     scan.attrs |= {"model": HOSTILE, "source": HOSTILE, "<b>key": '"><script>alert(2)</script>'}
-    page = write_report(scan, tmp_path / "r.html").read_text()
+    page = report(scan, tmp_path / "r.html").read_text()
     body = page.split("</head>")[1]
     assert HOSTILE not in page
     assert "<img" not in body
@@ -145,7 +146,7 @@ def test_a_recording_is_drawn_over_its_steps_and_at_the_last(scan, tmp_path):
     last = found["heads"]["heads"]
     np.testing.assert_array_equal(last.data[0].z, scan["heads"]["induction"].values)
     assert " at step 10: " in last.layout.title.subtitle.text
-    page = write_report(recorded(planted()), tmp_path / "r.html").read_text()
+    page = report(recorded(planted()), tmp_path / "r.html").read_text()
     assert "Labelled heads at step 10" in page
     assert "2, from 0 to 10" in page
     assert "previous_token</td>" in page
@@ -156,18 +157,5 @@ def test_a_recording_is_drawn_over_its_steps_and_at_the_last(scan, tmp_path):
 def test_a_scan_without_any_group_is_refused(tmp_path):
     for scan in (xr.DataTree(), xr.DataTree.from_dict({"/heads": xr.Dataset(), "/mine": xr.Dataset({"x": 1})})):
         with pytest.raises(InputError, match=r"^scan has no group that can be drawn: it needs one of heads, residual"):
-            write_report(scan, tmp_path / "r.html")
+            report(scan, tmp_path / "r.html")
     assert not list(tmp_path.iterdir())
-
-
-def test_scans_and_recordings_are_opened(gpt2, repeated, tmp_path):
-    scan = metaint.scan(gpt2, repeated[:2])
-    metaint.save(scan, tmp_path / "scan.zarr")
-    xr.testing.assert_identical(
-        open_scan(tmp_path / "scan.zarr")["heads"], metaint.load(tmp_path / "scan.zarr")["heads"]
-    )
-    recorder = metaint.Recorder(gpt2, [metaint.HeadProbe()], every=1, path=tmp_path / "run.zarr", tokens=repeated[:2])
-    recorder(0)
-    assert open_scan(tmp_path / "run.zarr")["heads"].sizes["step"] == 1
-    with pytest.raises(StoreError, match="does not exist"):
-        open_scan(tmp_path / "none.zarr")

@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 
 from metaint.labs.autoregression.comparison import HAAR_REFERENCES
-from metaint.views.groups.tables import plain_table
+from metaint.views.drawing.terminal import plain_table
 
 _WORDS = {
     "augmented": (

@@ -34,8 +34,8 @@ from metaint.labs.common.run_folder import claim, load_state, save_state
 from metaint.measures import autoregression
 from metaint.models.structure import structure
 from metaint.scanning.record_store import append, create, trim, with_step
-from metaint.scanning.recorder import read_recording
 from metaint.scanning.recur import recur
+from metaint.scans.recordings import read_recording
 from metaint.toys.diagonal_attention import DiagonalAttention
 from metaint.toys.vector_model import VectorModel
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from metaint.labs.birth.run import Settings
 from metaint.scans.curves import first_passing, memory_curves
-from metaint.views.groups.tables import number, plain_table
+from metaint.views.drawing.terminal import number, plain_table
 
 # What is counted as formed, and as done.
 HALF, DONE = 0.5, 0.9

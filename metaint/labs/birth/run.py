@@ -23,8 +23,9 @@ from metaint.labs.common.checks import above_zero, at_least, choose
 from metaint.labs.common.run_folder import claim, load_state, read_settings, save_state
 from metaint.probes.heads import HeadProbe
 from metaint.probes.memory import MemoryProbe
-from metaint.scanning.recorder import Recorder, read_recording
+from metaint.scanning.recorder import Recorder
 from metaint.scanning.scan import scan
+from metaint.scans.recordings import read_recording
 from metaint.tasks.bigram import BigramTask, bigram
 from metaint.toys.memory_transformer import memory_transformer
 

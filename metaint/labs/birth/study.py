@@ -22,7 +22,7 @@ from metaint.labs.birth.findings import describe, last_line, print_findings
 from metaint.labs.birth.run import RECORDING, Settings, first_gradients, frozen_steps, states_of, train_run
 from metaint.labs.birth.training import restore
 from metaint.labs.common.side_by_side import OnStep, check_study, train_all
-from metaint.scanning.recorder import read_recording
+from metaint.scans.recordings import read_recording
 from metaint.scans.store import write_text
 
 QUICK: dict[str, Any] = {"length": 64, "batch": 64, "steps": 150, "records": 16}
@@ -131,10 +131,11 @@ def run(
 def birth_figures(out: str | Path, found: Findings, text: str | None = None) -> dict[str, Any]:
     """The figures of a study by name; of single models, those of its first run."""
     from metaint.labs.birth import figures as views, pictures
+    from metaint.views.groups.birth import plot_birth
 
     plain = {name: tree for name, tree in found.recordings.items() if not found.settings[name].frozen}
     frozen = {name: frozen_steps(found.settings[name].frozen) for name in found.recordings if name not in plain}
-    figures = {"birth": views.plot_birth(plain or found.recordings)}
+    figures = {"birth": plot_birth(plain or found.recordings)}
     if frozen:
         figures["staged"] = views.plot_staged(found.recordings, frozen)
     kinds = {(s.triggers, s.trigger_count, s.outputs, s.layers) for s in found.settings.values()}

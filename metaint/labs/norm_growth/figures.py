@@ -16,19 +16,16 @@ from plotly import graph_objects as go
 from metaint.errors import InputError
 from metaint.measures.growth import TRENDS
 from metaint.scans.curves import head_counts
+from metaint.scans.finding import Recordings, recordings_with
 from metaint.views.drawing.panels import COLOURS, GREY, Line, draw, finish, panels, short_name, symbol
+from metaint.views.drawing.steps import on_root, over_training, whole_numbers
 from metaint.views.groups.training import (
     SIGNS,
-    Recordings,
-    checked,
     draw_norms,
     draw_similarities,
     heads_told,
-    on_root,
-    over_training,
     shown_layers,
     similarity_titles,
-    whole_numbers,
 )
 
 _ACTIVATIONS = {
@@ -43,7 +40,7 @@ def plot_norm_growth(recordings: Recordings) -> go.Figure:
     InputError where a recording has no /weights.
     """
     figure = panels(["norm of the parameters"], [1.5])
-    fits = draw_norms(figure, 1, checked(recordings, "weights"))
+    fits = draw_norms(figure, 1, recordings_with(recordings, "weights"))
     traces: Any = figure.data
     for i, name in enumerate(recordings):
         curve = next(trace for trace in traces if trace.legendgroup in (f"scan {i}", "norm"))
@@ -67,7 +64,7 @@ def plot_training_saturation(recordings: Recordings) -> go.Figure:
     Of more than four layers four are drawn, the first and the last among them. InputError where a recording has no
     /saturation with kappa = infinity.
     """
-    for name, tree in checked(recordings, "saturation").items():
+    for name, tree in recordings_with(recordings, "saturation").items():
         if math.inf not in tree["saturation"].to_dataset().get("scale", []):
             raise InputError(f"the recording {name} has no kappa of infinity: record with SaturationProbe((1, inf)).")
     layers = shown_layers(recordings)
@@ -85,7 +82,7 @@ def plot_training_saturation(recordings: Recordings) -> go.Figure:
 
 def plot_training_heads(recordings: Recordings) -> go.Figure:
     """How many heads hold the labels argmax and averaging over training. InputError where there is no /heads."""
-    counts = {name: head_counts(tree) for name, tree in checked(recordings, "heads").items()}
+    counts = {name: head_counts(tree) for name, tree in recordings_with(recordings, "heads").items()}
     named = {name: on_root(data) for name, data in counts.items()}
     figure = panels(["argmax heads", "averaging heads"], [1, 1])
     for row, label in enumerate(("argmax", "averaging"), 1):

@@ -20,7 +20,7 @@ from metaint.measures.saturation import EXPECTED_SLOPES
 from metaint.scanning.saturate import saturate
 from metaint.scans.curves import head_counts, steady_norms
 from metaint.scans.labels import MARGIN
-from metaint.views.groups.tables import number, plain_table
+from metaint.views.drawing.terminal import number, plain_table
 from metaint.views.groups.training import SIGNS
 
 # A norm within this of its first is one that stays.

@@ -24,8 +24,9 @@ from metaint.labs.common.run_folder import claim, load_state, read_settings, sav
 from metaint.probes.heads import HeadProbe
 from metaint.probes.saturation import SaturationProbe
 from metaint.probes.weights import WeightProbe
-from metaint.scanning.recorder import Recorder, read_recording
+from metaint.scanning.recorder import Recorder
 from metaint.scanning.scan import attach
+from metaint.scans.recordings import read_recording
 from metaint.tasks.text import fold_prose, python_prose
 from metaint.toys.small import small_transformer
 

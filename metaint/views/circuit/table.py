@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from metaint.views.circuit.words import BY, figure, heading, labels_of, percent, value
-from metaint.views.groups.tables import plain_table
+from metaint.views.drawing.terminal import plain_table
 
 
 def print_circuit(console: Console, circuit: networkx.DiGraph) -> None:

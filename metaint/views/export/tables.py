@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,11 @@ import pandas as pd
 import xarray as xr
 
 from metaint.errors import InputError, StoreError
-from metaint.scans.labels import label_heads
-from metaint.views.groups.memory import memory_frame, pairs_frame
-from metaint.views.groups.recurrence import recurrence_frame
-from metaint.views.groups.saturation import saturation_frame
-from metaint.views.groups.streams import layer_frame
-from metaint.views.groups.tables import head_frame
-from metaint.views.groups.weights import weights_frame
+from metaint.views.groups.catalogue import VIEWS
 
 Tables = dict[str, pd.DataFrame]
 
 _PAIR = ("layer", "head", "layer_to", "head_to")
-# Of each group its wide tables, and the dimensions of what they show; what has others gets tables of its own.
-_WIDE: dict[str, tuple[dict[str, Callable[[xr.DataTree], pd.DataFrame]], tuple[tuple[str, ...], ...]]] = {
-    "heads": ({"heads": lambda scan: _numbered(head_frame(scan)), "labels": label_heads},
-              (("layer", "head"), ("tau", "layer", "head"))),
-    "residual": ({"residual": partial(layer_frame, group="residual")},
-                 (("layer",), ("block",), ("layer", "position"), ("layer", "rank"), ("block", "position"))),
-    "inner": ({"inner": partial(layer_frame, group="inner")}, (("layer",), ("block",))),
-    "saturation": ({"saturation": saturation_frame}, (("scale", "layer"), ("scale",))),
-    "memory": ({"memory": memory_frame, "memory_pairs": pairs_frame}, (("layer", "head"), _PAIR)),
-    "weights": ({"weights": weights_frame}, (("layer", "head"), ("layer", "part"))),
-    "recurrence": ({"recurrence": recurrence_frame}, (("position",), ("position", "reference"))),
-}  # fmt: skip
 _WRITERS: dict[str, Callable[[pd.DataFrame, Path], Any]] = {
     "csv": lambda table, path: table.to_csv(path, index=False),
     "parquet": lambda table, path: table.to_parquet(path, index=False),
@@ -57,14 +38,14 @@ def tables_of(scan: xr.DataTree) -> Tables:
 
     Raises InputError where nothing was read.
     """
-    found: Tables = {}
+    tables: Tables = {}
     for name in _groups(scan):
         data = _sorted(scan[name].to_dataset())
         if data.data_vars:
-            found |= _over_steps(name, data) if "step" in data.dims else _of_group(name, data)
-    if not found:
+            tables |= _over_steps(name, data) if "step" in data.dims else _of_group(name, data)
+    if not tables:
         raise InputError("scan holds no group into which something was read: there is no table of it.")
-    return {**found, "attributes": _attributes(scan)}
+    return {**tables, "attributes": _attributes(scan)}
 
 
 def save_tables(scan: xr.DataTree, folder: str | Path, format: str = "csv") -> list[Path]:
@@ -96,7 +77,7 @@ def save_tables(scan: xr.DataTree, folder: str | Path, format: str = "csv") -> l
 def _groups(scan: xr.DataTree) -> list[str]:
     """The groups, those of our own probes first: a store gives them back in any order."""
     names = sorted(str(name) for name in scan.children)
-    return [name for name in _WIDE if name in names] + [name for name in names if name not in _WIDE]
+    return [name for name in VIEWS if name in names] + [name for name in names if name not in VIEWS]
 
 
 def _sorted(data: xr.Dataset) -> xr.Dataset:
@@ -119,15 +100,18 @@ def _over_steps(name: str, data: xr.Dataset) -> Tables:
 
 def _of_group(name: str, data: xr.Dataset) -> Tables:
     """The wide tables of a group, and tidy ones of what they don't show."""
-    wide, shown = _WIDE.get(name, ({}, ()))
-    scan = xr.DataTree.from_dict({f"/{name}": data})
-    tables = {table: frame(scan) for table, frame in wide.items()}
-    left: dict[frozenset[Any], list[Any]] = {}
+    tables: Tables = {}
+    shown: set[frozenset[str]] = set()
+    if name in VIEWS:
+        scan = xr.DataTree.from_dict({f"/{name}": data})
+        tables = {table: _numbered(frame(scan)) for table, frame in VIEWS[name].frames.items()}
+        shown = {frozenset(dims) for dims in VIEWS[name].shown}
+    others: dict[frozenset[Any], list[Any]] = {}
     for variable in data.data_vars:
         dims = frozenset(data[variable].dims)
-        if dims not in {frozenset(of) for of in shown}:
-            left.setdefault(dims, []).append(variable)
-    for names in left.values():
+        if dims not in shown:
+            others.setdefault(dims, []).append(variable)
+    for names in others.values():
         dims = [str(dim) for dim in data[names[0]].dims]
         table = _tidy(data[names], dims)
         if set(dims) == set(_PAIR):  # half of the pairs run backwards, and are not known
@@ -135,7 +119,7 @@ def _of_group(name: str, data: xr.Dataset) -> Tables:
         elif dims:
             tables[f"{name}_{'_'.join(dims)}"] = table
         else:
-            tables[f"{name}_scalars" if wide else name] = table
+            tables[f"{name}_scalars" if name in VIEWS else name] = table
     return tables
 
 
@@ -146,16 +130,16 @@ def _tidy(data: xr.Dataset, dims: Sequence[str]) -> pd.DataFrame:
     return data.to_dataframe(dim_order=list(dims)).reset_index()
 
 
-def _numbered(heads: pd.DataFrame) -> pd.DataFrame:
-    """With the number of each head in its layer: programs that take "5.10" for a number lose its name."""
-    if "index" not in heads:
-        heads.insert(list(heads).index("layer") + 1, "index", [int(name.split(".")[1]) for name in heads["head"]])
-    return heads
+def _numbered(table: pd.DataFrame) -> pd.DataFrame:
+    """Where heads have names, with the number of each in its layer: programs that take "5.10" for a number lose it."""
+    if "head" in table and "index" not in table and pd.api.types.is_string_dtype(table["head"]):
+        table.insert(list(table).index("layer") + 1, "index", [int(name.split(".")[1]) for name in table["head"]])
+    return table
 
 
 def _attributes(scan: xr.DataTree) -> pd.DataFrame:
-    told = {"": scan.attrs, **{name: scan[name].attrs for name in _groups(scan)}}
-    rows = [(group, str(name), _text(value)) for group, attrs in told.items() for name, value in attrs.items()]
+    attributes = {"": scan.attrs, **{name: scan[name].attrs for name in _groups(scan)}}
+    rows = [(group, str(name), _text(value)) for group, of in attributes.items() for name, value in of.items()]
     return pd.DataFrame(rows, columns=["group", "name", "value"])
 
 

@@ -12,10 +12,12 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from metaint.errors import InputError
+from metaint.scans.finding import Scan, one_group
 from metaint.scans.labels import label_heads
 from metaint.views.drawing.panels import finish, there
-from metaint.views.groups.streams import Scan, one_group
-from metaint.views.groups.tables import number
+from metaint.views.drawing.terminal import number
+from metaint.views.groups.group_view import GroupView
+from metaint.views.groups.head_tables import head_frame, heads_json, print_scan
 
 # What is drawn unless asked otherwise; `prefix_match` takes the place of `induction` on tokens that don't repeat.
 _MAIN = (
@@ -195,4 +197,16 @@ _CAPTION = (
     "dark all over: short contexts, sinks and windows raise a score for all heads, and averaging and entropy are "
     "highest in heads that look at nothing in particular, as before training; and attention tells where a head looks, "
     "not what it moves or whether that matters."
+)
+
+
+VIEW = GroupView(
+    group="heads",
+    figures=lambda scan: {"heads": plot_heads(scan)},
+    frames={"heads": head_frame, "labels": label_heads},
+    shown=(("layer", "head"), ("tau", "layer", "head")),
+    print=print_scan,
+    source="Olsson et al. 2022, In-context Learning and Induction Heads (arXiv 2209.11895); argmax and averaging "
+    "heads: Merrill et al. 2021 (arXiv 2010.09697); sinks: Gu et al. 2025 (arXiv 2410.10781).",
+    json=heads_json,
 )

@@ -4,13 +4,17 @@ In: one scan, or several by name to compare them. Out: a plotly figure of a fixe
 an operational definition inspired by Wu & Varshney (2310.05884), see `measures/inner.py`.
 """
 
+import math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import xarray as xr
 from plotly import graph_objects as go
+from rich.console import Console
 
 from metaint.probes.inner import MOST_TOKENS
+from metaint.scans.finding import Scans, group_of, named_groups
 from metaint.views.drawing.panels import (
     BLUE,
     COLOURS,
@@ -29,8 +33,9 @@ from metaint.views.drawing.panels import (
     symbol,
     there,
 )
-from metaint.views.groups.streams import Scans, named_groups
-from metaint.views.groups.tables import number
+from metaint.views.drawing.terminal import number
+from metaint.views.groups.group_view import GroupView
+from metaint.views.groups.layers import Column, column, interval, layer_frame, layers_json, print_layers
 
 _PARTS = {"": "block", "_attn": "attention", "_mlp": "MLP"}
 _LOSSES = (
@@ -143,3 +148,58 @@ def _caption(named: Mapping[str, xr.Dataset], fidelity: bool) -> str:
         "sequences. Operational definition inspired by Wu & Varshney (2023), no theorem of theirs. It misleads "
         f"{trap}; and where a correlation over tokens is taken for a cause."
     )
+
+
+def print_inner(console: Console, scan: xr.DataTree) -> None:
+    """Loss at every layer and whether each block steps along its gradient; a wider terminal gets more columns."""
+    data = group_of(scan, "inner")
+    lens = data.attrs.get("lens", "logit lens")
+    print_layers(console, f"Inner optimisation ({lens}, {data.attrs.get('samples', '?')} tokens)", data, _COLUMNS)
+    bias = "the logit lens is biased in early layers, and layer 0 of tied embeddings predicts the current token"
+    tuned = "a tuned lens was trained to predict the last layer, so a low early loss is partly its own work"
+    console.print(
+        "[dim]loss, entropy, KL: in nats, if this layer were the last; other: another token's target of the same "
+        "sequence; step cos: of the block's step with the descent direction, 1 is a gradient step, and only what "
+        "stands above 'other' tells of this token; rank: geometric mean, 1 is the most likely. An operational "
+        f"definition inspired by Wu & Varshney (2023); {bias if lens == 'logit lens' else tuned}.[/]\n"
+    )
+
+
+def _rates(data: xr.Dataset) -> list[str]:
+    """Learning rates run over powers of ten: two digits of each."""
+    rates = data["learning_rate"].to_series().reindex(data["layer"].values)
+    return [number(rate) if math.isnan(rate) else f"{rate:.2g}" for rate in rates]
+
+
+_COLUMNS = [
+    column("loss", "loss"),
+    column("loss\nother", "loss_null"),
+    column("entropy", "prediction_entropy"),
+    column("rank", "target_rank"),
+    column("KL to\nfinal", "kl_to_final"),
+    column("step\ncos", "step_gradient_cosine"),
+    column("step cos\nother", "step_gradient_cosine_null"),
+    column("improved", "improved"),
+    interval("loss\n95 %", "loss"),
+    interval("step cos\n95 %", "step_gradient_cosine"),
+    column("cos\nattn", "step_gradient_cosine_attn"),
+    column("other", "step_gradient_cosine_null_attn"),
+    column("cos\nMLP", "step_gradient_cosine_mlp"),
+    column("other", "step_gradient_cosine_null_mlp"),
+    column("fidelity", "fidelity"),
+    Column("learning\nrate", _rates),
+    column("Spearman of\nlength, loss", "norm_loss_spearman"),
+    column("partial", "norm_loss_spearman_partial"),
+]
+
+
+VIEW = GroupView(
+    group="inner",
+    figures=lambda scan: {"inner": plot_inner(scan)},
+    frames={"inner": partial(layer_frame, group="inner")},
+    shown=(("layer",), ("block",)),
+    print=print_inner,
+    source="An operational definition of our own, after Wu & Varshney 2023, A Meta-Learning Perspective on "
+    "Transformers for Causal Language Modeling (arXiv 2310.05884).",
+    json=partial(layers_json, group="inner"),
+)

@@ -15,9 +15,10 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.console import Console
 
+from metaint.scans.finding import Scan, group_of, one_group
 from metaint.views.drawing.panels import BLUE, GREY, finish, short_name
-from metaint.views.groups.streams import Scan, group_of, one_group
-from metaint.views.groups.tables import number, print_columns
+from metaint.views.drawing.terminal import number, print_columns
+from metaint.views.groups.group_view import GroupView
 
 # Heads and pairs in a table, and pairs in the figure.
 _TOP, _DRAWN = 8, 20
@@ -222,3 +223,13 @@ def _names(frame: pd.DataFrame, layer: str, head: str) -> list[str]:
 def _pair_names(frame: pd.DataFrame) -> list[str]:
     ends = _names(frame, "layer", "head"), _names(frame, "layer_to", "head_to")
     return [f"{writes} → {reads}" for writes, reads in zip(*ends, strict=True)]
+
+
+VIEW = GroupView(
+    group="memory",
+    figures=lambda scan: {"memory": plot_memory(scan)},
+    frames={"memory": memory_frame, "memory_pairs": pairs_frame},
+    shown=(("layer", "head"), _PAIR),
+    print=print_memory,
+    source="Bietti et al. 2023, Birth of a Transformer: A Memory Viewpoint (arXiv 2306.00802).",
+)

@@ -16,6 +16,7 @@ from plotly import graph_objects as go
 from rich.console import Console
 
 from metaint.errors import InputError
+from metaint.scans.finding import Scans, group_of, named_groups
 from metaint.views.drawing.panels import (
     BLUE,
     GREEN,
@@ -30,8 +31,8 @@ from metaint.views.drawing.panels import (
     panels,
     rule,
 )
-from metaint.views.groups.streams import Scans, group_of, named_groups
-from metaint.views.groups.tables import number, print_columns
+from metaint.views.drawing.terminal import number, print_columns
+from metaint.views.groups.group_view import GroupView
 
 # Rows of a table, and decades of a loss that are drawn, at most: below lies rounding.
 _ROWS, _DECADES = 12, 6
@@ -272,4 +273,14 @@ _READ = (
     "for all contexts; steps (mean): on its mean over transitions. Effective matrix: d prediction / d s_T; near 1 with "
     "several references it tells none apart, as with much context. R²: of W by ridge regression from the stream, to be "
     "read beside the raw context."
+)
+
+
+VIEW = GroupView(
+    group="recurrence",
+    figures=recurrence_figures,
+    frames={"recurrence": recurrence_frame},
+    shown=(("position",), ("position", "reference")),
+    print=print_recurrence,
+    source="Sander et al. 2024, How do Transformers Perform In-Context Autoregressive Learning? (arXiv 2402.05787).",
 )

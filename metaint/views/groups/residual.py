@@ -4,12 +4,18 @@ In: one scan, or several by name to compare them. Out: a plotly figure of a fixe
 an operational definition inspired by Wu & Varshney (2310.05884), see `measures/inner.py`.
 """
 
+import math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
+import torch
 import xarray as xr
 from plotly import graph_objects as go
+from rich.console import Console
 
+from metaint.measures.norms import histogram_quantile
+from metaint.scans.finding import Scans, group_of, named_groups
 from metaint.views.drawing.panels import (
     BLUE,
     DEPTH,
@@ -26,8 +32,9 @@ from metaint.views.drawing.panels import (
     stripe,
     there,
 )
-from metaint.views.groups.streams import Scans, later_norms, named_groups
-from metaint.views.groups.tables import number
+from metaint.views.drawing.terminal import number
+from metaint.views.groups.group_view import GroupView
+from metaint.views.groups.layers import Column, cells, column, interval, layer_frame, layers_json, print_layers, ranges
 
 # With fewer growths than this after block 0 (four a block) there is nothing that it could flatten.
 _FEW_GROWTHS = 8
@@ -116,3 +123,81 @@ def _leave_out_first(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None
     figure.add_annotation(
         text=words, x=1, y=1, xref="x2 domain", yref="y2 domain", xanchor="right", yanchor="top", showarrow=False
     )
+
+
+def later_norms(residual: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
+    """Geometric mean (layer) and quantiles (quantile, layer) of the length over every position but 0."""
+    later = residual.sel(position=[bucket for bucket in residual["position"].values if bucket != "0"])
+    count = later["norm_count"]
+    total = count.sum("position")
+    logs = xr.DataArray(count * np.log(later["norm_geometric"])).sum("position")
+    histogram = later["norm_histogram"].sum("position").transpose("layer", "bin").values
+    quantiles = histogram_quantile(torch.tensor(histogram), torch.tensor(residual["quantile"].values))
+    coords = {"quantile": residual["quantile"], "layer": residual["layer"]}
+    return xr.DataArray(np.exp(logs / total.where(total > 0))), xr.DataArray(
+        quantiles.numpy(), coords, ("quantile", "layer")
+    )
+
+
+def print_residual(console: Console, scan: xr.DataTree) -> None:
+    """Length of the stream at every layer and what each block does to it; a wider terminal gets more columns."""
+    data = group_of(scan, "residual")
+    rate = data["growth_rate"].item()
+    first, last = data.attrs.get("growth_layers", ("first", "last"))
+    fit = f"; {number(rate)} a layer from layer {first} to {last}" if not math.isnan(rate) else ""
+    print_layers(console, f"Residual stream{fit}", data, _COLUMNS)
+    null = 2 * data["cos_null_std"].item()
+    console.print(
+        "[dim]length: geometric mean before any norm, at position 0 and at later ones (all else is of later ones); "
+        "growth to cos MLP: of the block that starts at this layer; if ortho.: what growth would be if the step were "
+        "orthogonal to the stream (growth below it: the step opposes the stream); "
+        f"cosines within ±{number(null)} are those of unrelated directions; *: massive "
+        "(above 100 and 1000 times the median). Growth alone is no evidence of inner optimisation: any exact descent "
+        "through a final norm lengthens the stream, and so does adding what doesn't oppose it.[/]\n"
+    )
+
+
+def _later(data: xr.Dataset) -> list[str]:
+    return cells(later_norms(data)[0], data["layer"])
+
+
+def _spread(data: xr.Dataset) -> list[str]:
+    quantiles = later_norms(data)[1]
+    ends = (quantiles.isel(quantile=i, drop=True) for i in (0, -1))
+    return ranges(*(cells(end, data["layer"]) for end in ends))
+
+
+def _largest(data: xr.Dataset) -> list[str]:
+    marks = data["massive"].sel(rank=1).values
+    values = cells(data["massive_value"].sel(rank=1, drop=True), data["layer"])
+    return [f"{value}{'*' if mark else ' '}" for value, mark in zip(values, marks, strict=True)]
+
+
+_COLUMNS = [
+    column("length\nat 0", "norm_geometric", position="0"),
+    Column("length\nlater", _later),
+    column("growth", "growth"),
+    column("if\northo.", "growth_orthogonal"),
+    column("cos\nattn", "cos_stream_attn"),
+    column("cos\nMLP", "cos_stream_mlp"),
+    column("cos to\nfinal", "cos_to_final"),
+    Column("largest\n|x| ", _largest),
+    column("effective\nrank", "effective_rank"),
+    interval("growth\n95 %", "growth"),
+    Column("length later\n5–95 % of tokens", _spread),
+    column("length\nattn adds", "attn_write_norm"),
+    column("length\nMLP adds", "mlp_write_norm"),
+    column("median\n|x|", "median_magnitude"),
+]
+
+
+VIEW = GroupView(
+    group="residual",
+    figures=lambda scan: {"residual": plot_residual(scan)},
+    frames={"residual": partial(layer_frame, group="residual")},
+    shown=(("layer",), ("block",), ("layer", "position"), ("layer", "rank"), ("block", "position")),
+    print=print_residual,
+    source="An operational definition of our own, after Wu & Varshney 2023, A Meta-Learning Perspective on "
+    "Transformers for Causal Language Modeling (arXiv 2310.05884).",
+    json=partial(layers_json, group="residual"),
+)

@@ -3,7 +3,6 @@
 In: a scan. Out: terminal tables, one row a scale or a layer; frames for machines; plotly figures with a caption each.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,10 @@ from plotly import graph_objects as go
 from plotly.colors import sample_colorscale
 from rich.console import Console
 
+from metaint.scans.finding import Scan, group_of, one_group
 from metaint.views.drawing.panels import GREY, MARKED, finish, panels
-from metaint.views.groups.streams import Scan, group_of, one_group
-from metaint.views.groups.tables import number, print_columns
+from metaint.views.drawing.terminal import head_at, number, numbers, print_columns
+from metaint.views.groups.group_view import GroupView
 
 # Columns of the table of scales, and of that of layers: variable, heading. What a scan lacks is left out.
 _BY_SCALE = [
@@ -41,24 +41,6 @@ def saturation_frame(scan: xr.DataTree) -> pd.DataFrame:
         name for name in data.data_vars if set(data[name].dims) <= {"scale", "layer"} and "scale" in data[name].dims
     ]
     return data[names].to_dataframe().reset_index()
-
-
-def group_json(data: xr.Dataset) -> dict[str, Any]:
-    """A group for JSON: attributes, coordinates and variables with their dimensions; what is not finite is a text."""
-
-    def plain(values: Any) -> Any:
-        if isinstance(values, list):
-            return [plain(value) for value in values]
-        if isinstance(values, float) and not math.isfinite(values):
-            return None if math.isnan(values) else str(values)
-        return values
-
-    found = data.to_dict(data="list")
-    variables = {
-        part: {name: {"dims": list(v["dims"]), "data": plain(v["data"])} for name, v in found[part].items()}
-        for part in ("coords", "data_vars")
-    }
-    return {"attributes": data.attrs, "coordinates": variables["coords"], "variables": variables["data_vars"]}
 
 
 def print_saturation(console: Console, scan: xr.DataTree) -> None:
@@ -112,19 +94,6 @@ def _published(data: xr.Dataset) -> list[tuple[str, list[str]]]:
         ("share above 1\ncausal", numbers(data["attended_split_causal"])),
         ("similarity\nof layer", ["" if j else number(published[i]) for i in layers for j in heads]),
     ]
-
-
-def numbers(values: xr.DataArray) -> list[str]:
-    return [number(value) for value in values.values.ravel().tolist()]
-
-
-def head_at(values: xr.DataArray, which: str) -> list[str]:
-    """The head that stands out in each layer, by name, and its value; a dash where nothing is known."""
-    found = []
-    for layer, row in zip(values["layer"].values, values.values, strict=True):
-        head = 0 if np.isnan(row).any() else int(getattr(row, which)())
-        found.append("–" if np.isnan(row).any() else f"{layer}.{head}  {number(row[head])}")
-    return found
 
 
 def plot_saturation(scan: Scan) -> go.Figure:
@@ -203,3 +172,13 @@ _READ = {
     "||x_0|| / ||x||, near 0 once the token embedding has dropped out, and then similarity tells of that as much as of "
     "saturated attention: compare with scaled scores. KL and loss in nats.",
 }
+
+
+VIEW = GroupView(
+    group="saturation",
+    figures=saturation_figures,
+    frames={"saturation": saturation_frame},
+    shown=(("scale", "layer"), ("scale",)),
+    print=print_saturation,
+    source="Merrill et al. 2021, Effects of Parameter Norm Growth During Transformer Training (arXiv 2010.09697).",
+)

@@ -5,9 +5,9 @@ with a caption. The panels of norms and saturation are after Merrill et al. 2021
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from html import escape
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -16,17 +16,20 @@ from plotly import graph_objects as go
 from metaint.errors import InputError
 from metaint.measures.growth import TRENDS, fit_trends
 from metaint.scans.curves import ANY, NORM, head_counts, steady_norms
+from metaint.scans.finding import Recordings, Scans, recordings_of
 from metaint.scans.labels import THRESHOLDS
-from metaint.views.drawing.panels import COLOURS, DASHES, GREY, Line, draw, finish, legend_of, panels, short_name
-from metaint.views.groups.streams import Scan, Scans, group_of, name_of
+from metaint.views.drawing.panels import COLOURS, DASHES, GREY, Line, draw, legend_of, panels
+from metaint.views.drawing.steps import on_root, over_training, whole_numbers
+from metaint.views.groups.birth import is_birth, plot_birth
 
-Recordings = Mapping[str, xr.DataTree]
-
+SOURCE = (
+    "Kinds of heads: Olsson et al. 2022 (arXiv 2209.11895); norms and saturation: Merrill et al. 2021 "
+    "(arXiv 2010.09697); memories of an induction head: Bietti et al. 2023 (arXiv 2306.00802)."
+)
 # How the trends of `measures.growth` are written.
 SIGNS = {"t": "t", "sqrt_t": "√t", "fourth_root_t": "t^¼"}
 # Layers that have a panel: more are hard to compare.
 _LAYERS = 4
-_AXIS = "optimiser step (square-root scale)"
 
 
 def plot_training(recordings: Scans) -> go.Figure:
@@ -38,13 +41,14 @@ def plot_training(recordings: Scans) -> go.Figure:
     model of saturated attention, at four layers at most. Recordings of the birth lab get the figure of its memories.
     InputError where there is nothing of it.
     """
-    trees = _recordings(recordings)
-    if all(_is_birth(tree) for tree in trees.values()):
-        from metaint.labs.birth.figures import plot_birth  # which rests on this module
-
+    trees = recordings_of(recordings)
+    if all(is_birth(tree) for tree in trees.values()):
         return plot_birth(trees)
-    made = [(make, _having(trees, group)) for group, make in _PARTS.items()]
-    parts = [make(trees, having) for make, having in made if having]
+    parts = []
+    for group, drawing in _DRAWINGS.items():
+        having = _having(trees, group)
+        if having:
+            parts.append(drawing.make(trees, having))
     if not parts:
         raise InputError(
             f"{next(iter(trees))} holds nothing over steps to draw: record scalars, /heads, /weights, or /saturation "
@@ -62,63 +66,26 @@ def plot_training(recordings: Scans) -> go.Figure:
 
 def drawn_groups(recording: xr.DataTree) -> set[str]:
     """The groups of a recording that `plot_training` draws."""
-    found = {str(name): node.to_dataset() for name, node in recording.children.items() if "step" in node.dims}
-    scales = found["saturation"]["scale"].values if "scale" in found.get("saturation", {}) else []
-    drawn = {
-        "training": bool(_scalars_of(found.get("training", xr.Dataset()))),
-        "heads": "heads" in found,
-        "weights": NORM in found.get("weights", {}),
-        "saturation": math.inf in scales,
-    }
-    return {name for name, is_drawn in drawn.items() if is_drawn}
+    groups = {str(name): node.to_dataset() for name, node in recording.children.items() if "step" in node.dims}
+    return {name for name, drawing in _DRAWINGS.items() if name in groups and drawing.can(groups[name])}
 
 
-def _scalars_of(training: xr.Dataset) -> list[str]:
+def _having(trees: Recordings, group: str) -> dict[str, xr.DataTree]:
+    return {name: tree for name, tree in trees.items() if group in drawn_groups(tree)}
+
+
+def scalars_of(training: xr.Dataset) -> list[str]:
     """The numbers that `/training` holds by step, without the ends of intervals."""
     names = [str(name) for name, values in training.items() if values.dims == ("step",) and values.dtype.kind in "fiu"]
     ends = {f"{name}{end}" for name in names for end in ("_low", "_high")}
     return [name for name in names if name not in ends and bool(training[name].notnull().any())]
 
 
-def _is_birth(recording: xr.DataTree) -> bool:
-    """Whether a recording is one of the birth lab; any other's /training holds what its owner gave."""
-    groups = {str(name): node for name, node in recording.children.items() if "step" in node.dims}
-    return {"memory", "training"} <= set(groups) and {"accuracy", "previous_mass"} <= set(groups["training"].data_vars)
+# ---- what is drawn of each group --------------------------------------------------------------------------------
 
 
-def _recordings(recordings: Scans) -> dict[str, xr.DataTree]:
-    """Recordings by name, of which a /training on its own is one."""
-    if isinstance(recordings, xr.DataTree | xr.Dataset):
-        return {name_of(recordings): _recording(recordings, "the recording")}
-    if not isinstance(recordings, Mapping) or not recordings:
-        raise InputError(f"recordings is {_told(recordings)}: pass a recording, or a dict from names to recordings.")
-    return {str(name): _recording(each, f"the recording {name}") for name, each in recordings.items()}
-
-
-def _recording(given: Scan, who: str) -> xr.DataTree:
-    if isinstance(given, xr.DataTree) and not given.data_vars:
-        return given
-    return xr.DataTree.from_dict({"/training": group_of(given, "training", who)})
-
-
-def _told(given: Any) -> str:
-    return "empty" if isinstance(given, Mapping) else f"a {type(given).__name__}"
-
-
-def checked(recordings: Recordings, group: str) -> dict[str, xr.DataTree]:
-    """The recordings, of which each has this group over steps; InputError for one that hasn't, and for none."""
-    if not isinstance(recordings, Mapping) or not recordings:
-        raise InputError(f"recordings is {_told(recordings)}: pass a dict from names to recordings.")
-    for name, tree in recordings.items():
-        if group not in tree.children or "step" not in tree[group].dims:
-            raise InputError(f"the recording {name} has no /{group} over steps: record it with that probe.")
-    return dict(recordings)
-
-
-# ---- parts of the figure ----------------------------------------------------------------------------------------
-
-
-class _Part(NamedTuple):
+@dataclass(frozen=True)
+class _Panels:
     """Panels of one group: titles and heights, what draws them from a row on, how to read them and when not."""
 
     titles: Sequence[str]
@@ -128,50 +95,55 @@ class _Part(NamedTuple):
     trap: str
 
 
-def _having(trees: Recordings, group: str) -> dict[str, xr.DataTree]:
-    return {name: tree for name, tree in trees.items() if group in drawn_groups(tree)}
+@dataclass(frozen=True)
+class _Drawing:
+    """Whether a group can be drawn, and its panels, given all recordings and those that have it."""
+
+    can: Callable[[xr.Dataset], bool]
+    make: Callable[[Recordings, Recordings], _Panels]
 
 
-def _scalars(trees: Recordings, having: Recordings) -> _Part:
+def _scalars(trees: Recordings, having: Recordings) -> _Panels:
     """Losses in a panel, accuracies in another, and each other scalar in its own."""
-    found = {name: tree["training"].to_dataset() for name, tree in having.items()}
+    by_run = {name: tree["training"].to_dataset() for name, tree in having.items()}
     kinds: dict[str, list[str]] = {"loss": [], "accuracy": []}
-    for name in dict.fromkeys(name for data in found.values() for name in _scalars_of(data)):
-        kinds.setdefault(next((kind for kind in ("loss", "accuracy") if kind in name), name), []).append(name)
+    for name in dict.fromkeys(name for data in by_run.values() for name in scalars_of(data)):
+        kind = next((kind for kind in ("loss", "accuracy") if kind in name), name)
+        kinds.setdefault(kind, []).append(name)
     kinds = {kind: sorted(names, key=lambda name: name != kind) for kind, names in kinds.items() if names}
-    return _Part(
+    return _Panels(
         [_words(kind) for kind in kinds],
         [0.8 if kind in ("loss", "accuracy") else 0.55 for kind in kinds],
-        _drawing(_rooted(trees, found), list(kinds.values())),
+        _drawing(_rooted(trees, by_run), list(kinds.values())),
         "scalars are those that the training loop gave.",
         "where records are few, since anything may happen between two",
     )
 
 
-def _labels(trees: Recordings, having: Recordings) -> _Part:
+def _labels(trees: Recordings, having: Recordings) -> _Panels:
     """The labels that any head ever earns: of one run in one panel, of several in a panel each."""
-    found = {name: head_counts(tree) for name, tree in having.items()}
-    most = {label: max(int(data[label].max()) for data in found.values()) for label in [*THRESHOLDS, ANY]}
+    counts = {name: head_counts(tree) for name, tree in having.items()}
+    most = {label: max(int(data[label].max()) for data in counts.values()) for label in [*THRESHOLDS, ANY]}
     earned = [label for label in THRESHOLDS if most[label]] or [ANY]
     rows = [[label] for label in earned] if len(trees) > 1 else [earned]
-    lines = _drawing(_rooted(trees, found), rows)
+    lines = _drawing(_rooted(trees, counts), rows)
 
     def drawn(figure: go.Figure, first: int) -> None:
         lines(figure, first)
         for row, labels in enumerate(rows, first):
             whole_numbers(figure, row, max(most[label] for label in labels))
 
-    return _Part(
+    return _Panels(
         ["labelled heads" if labels[1:] or labels == [ANY] else f"{labels[0]} heads" for labels in rows],
         [0.55 if len(rows) > 1 else 0.8] * len(rows),
         drawn,
-        f"Labels: how many of {heads_told(found)} heads hold each; one head may hold several.",
+        f"Labels: how many of {heads_told(counts)} heads hold each; one head may hold several.",
         "where a head stands at a label's threshold, and comes and goes",
     )
 
 
-def _norms(trees: Recordings, having: Recordings) -> _Part:
-    return _Part(
+def _norms(trees: Recordings, having: Recordings) -> _Panels:
+    return _Panels(
         ["norm of the parameters"],
         [0.8],
         lambda figure, row: draw_norms(figure, row, trees),
@@ -181,9 +153,9 @@ def _norms(trees: Recordings, having: Recordings) -> _Part:
     )
 
 
-def _similarities(trees: Recordings, having: Recordings) -> _Part:
+def _similarities(trees: Recordings, having: Recordings) -> _Panels:
     layers = shown_layers(having)
-    return _Part(
+    return _Panels(
         similarity_titles(layers),
         [0.55] * len(layers),
         lambda figure, row: draw_similarities(figure, row, trees, layers),
@@ -193,9 +165,12 @@ def _similarities(trees: Recordings, having: Recordings) -> _Part:
     )
 
 
-_PARTS: dict[str, Callable[[Recordings, Recordings], _Part]] = {
-    "training": _scalars, "heads": _labels, "weights": _norms, "saturation": _similarities,
-}  # fmt: skip
+_DRAWINGS = {
+    "training": _Drawing(lambda training: bool(scalars_of(training)), _scalars),
+    "heads": _Drawing(lambda heads: True, _labels),
+    "weights": _Drawing(lambda weights: NORM in weights, _norms),
+    "saturation": _Drawing(lambda data: "scale" in data and math.inf in data["scale"].values, _similarities),
+}
 
 
 def _drawing(named: Mapping[str, xr.Dataset], rows: Sequence[Sequence[str]]) -> Callable[[go.Figure, int], None]:
@@ -210,13 +185,18 @@ def _drawing(named: Mapping[str, xr.Dataset], rows: Sequence[Sequence[str]]) -> 
     return drawn
 
 
-def _rooted(trees: Recordings, found: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+def _rooted(trees: Recordings, by_run: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     """Along roots of steps; a run without anything keeps its place, and so its colour."""
-    return {name: on_root(found[name]) if name in found else xr.Dataset() for name in trees}
+    return {name: on_root(by_run[name]) if name in by_run else xr.Dataset() for name in trees}
 
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
+
+
+def heads_told(counts: Mapping[str, xr.Dataset]) -> str:
+    """How many heads the runs have."""
+    return " or ".join(map(str, sorted({data.attrs["heads"] for data in counts.values()})))
 
 
 # ---- panels -----------------------------------------------------------------------------------------------------
@@ -227,10 +207,11 @@ def draw_norms(figure: go.Figure, row: int, recordings: Recordings) -> Mapping[s
     having = _having(recordings, "weights")
     norms = {name: tree["weights"].to_dataset()[[NORM]] for name, tree in having.items()}
     draw(figure, row, _rooted(recordings, norms), [Line(NORM, "norm", COLOURS[0])])
-    fits = {name: fit_trends(*steady) for name, tree in having.items() if len((steady := steady_norms(tree))[0])}
+    steady = {name: steady_norms(tree) for name, tree in having.items()}
+    fits = {name: fit_trends(*curve) for name, curve in steady.items() if len(curve[0])}
     for i, name in enumerate(recordings):
         if name in fits:
-            best = _fitted(steady_norms(recordings[name])[0], fits[name])
+            best = _fitted(steady[name][0], fits[name])
             best.update(line_color=COLOURS[i % len(COLOURS)], legendgroup=f"scan {i}", legend=legend_of(row))
             figure.add_trace(best.update(showlegend=len(recordings) == 1), row=row, col=1)
     return fits
@@ -257,50 +238,11 @@ def similarity_titles(layers: Sequence[int]) -> list[str]:
 
 def draw_similarities(figure: go.Figure, first: int, recordings: Recordings, layers: Sequence[int]) -> None:
     """Similarity with the model of saturated attention beside its null, a panel a layer, all of one scale."""
-    found = {name: tree["saturation"].to_dataset() for name, tree in _having(recordings, "saturation").items()}
+    by_run = {name: tree["saturation"].to_dataset() for name, tree in _having(recordings, "saturation").items()}
     lines = [Line("similarity", "similarity", COLOURS[0]), Line("similarity_null", "null", GREY, "dash")]
     for row, layer in enumerate(layers, first):
         at = {"scale": math.inf, "layer": layer}
-        here = {name: data.sel(at, drop=True) for name, data in found.items() if layer in data["layer"]}
+        here = {name: data.sel(at, drop=True) for name, data in by_run.items() if layer in data["layer"]}
         draw(figure, row, _rooted(recordings, here), lines, explain=row == first)
         if row > first:
             figure.update_yaxes(matches=f"y{first if first > 1 else ''}", row=row, col=1)
-
-
-def whole_numbers(figure: go.Figure, row: int, most: float) -> None:
-    """Counts have ticks at whole numbers, and room above where all are 0."""
-    step = next((step for step in (1, 2, 5, 10, 20, 50, 100) if most <= 8 * step), 1000)
-    top = max(most, 1)
-    figure.update_yaxes(dtick=step, tickformat="d", range=[-0.06 * top, 1.08 * top], row=row, col=1)
-
-
-# ---- over steps -------------------------------------------------------------------------------------------------
-
-
-def heads_told(counts: Mapping[str, xr.Dataset]) -> str:
-    """How many heads the runs have."""
-    return " or ".join(map(str, sorted({data.attrs["heads"] for data in counts.values()})))
-
-
-def on_root(data: xr.Dataset) -> xr.Dataset:
-    """The same along the square root of the step."""
-    return data.assign_coords(step=np.sqrt(data["step"].values))
-
-
-def over_training(figure: go.Figure, title: str, runs: Collection[str], caption: str) -> None:
-    """The common look of what is drawn along roots of steps: steps as ticks, and in what the pointer shows."""
-    finish(figure, title, {"": xr.Dataset()}, caption, _AXIS)
-    traces: Any = figure.data
-    drawn = [trace for trace in traces if trace.x is not None and trace.x[0] is not None]
-    last = max(float(trace.x[-1]) for trace in drawn if trace.fill is None) ** 2
-    ticks = sorted({0.0, *(float(f"{max(1, last * (i / 6) ** 2):.1g}") for i in range(1, 6)), round(last)})
-    if len(ticks) > 2 and np.sqrt(last) - np.sqrt(ticks[-2]) < 0.06 * np.sqrt(last):
-        ticks.pop(-2)  # its label would touch the last one's
-    figure.update_xaxes(tickvals=np.sqrt(ticks), ticktext=[f"{tick:g}" for tick in ticks])
-    for trace in drawn:
-        if trace.hovertemplate:
-            steps = [f"step {round(root**2)}, " for root in trace.x]
-            trace.update(text=steps, hovertemplate="%{text}" + trace.hovertemplate)
-    told = escape(short_name(next(iter(runs))), quote=False) if len(runs) == 1 else f"{len(runs)} runs"
-    told += f", {last:.0f} steps"
-    figure.update_layout(title_subtitle_text=told, hovermode="closest")

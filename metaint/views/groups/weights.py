@@ -14,10 +14,10 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.console import Console
 
+from metaint.scans.finding import Scan, group_of, one_group
 from metaint.views.drawing.panels import BLUE, COLOURS, GREEN, GREY, MARKED, VERMILION, finish, short_name, there
-from metaint.views.groups.saturation import head_at, numbers
-from metaint.views.groups.streams import Scan, group_of, one_group
-from metaint.views.groups.tables import number, print_columns
+from metaint.views.drawing.terminal import head_at, number, numbers, print_columns
+from metaint.views.groups.group_view import GroupView
 
 # Pairs of heads in the table, and in the figure.
 _TOP, _DRAWN = 8, 20
@@ -247,3 +247,14 @@ def _caption(data: xr.Dataset, copying: str | None, pairs: list[_Pair]) -> str:
         "of a trained model share directions, so that a large z need not mean that a pair is used; norms grow with "
         "the number of parameters."
     )
+
+
+VIEW = GroupView(
+    group="weights",
+    figures=lambda scan: {"weights": plot_weights(scan)},
+    frames={"weights": weights_frame},
+    shown=(("layer", "head"), ("layer", "part")),
+    print=print_weights,
+    source="Norms: Merrill et al. 2021 (arXiv 2010.09697); copying and composition: Elhage et al. 2021, A Mathematical "
+    "Framework for Transformer Circuits (transformer-circuits.pub, not on arXiv).",
+)

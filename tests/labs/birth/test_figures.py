@@ -12,6 +12,7 @@ from metaint.labs.birth import figures as birth, pictures
 from metaint.toys.memory_transformer import memory_transformer, write_induction_head
 from metaint.views.drawing.page import write_page
 from metaint.views.drawing.panels import COLOURS, GREY
+from metaint.views.groups.birth import plot_birth
 
 STEPS = np.array([0, 10, 20, 40])
 VOCABULARY = tuple(" \n<bcdefghijk")
@@ -94,8 +95,8 @@ def named(figure, name, panel=None):
 
 def test_every_figure_says_how_to_read_it_and_when_it_misleads(runs, gradients, models):
     figures = [
-        birth.plot_birth(runs),
-        birth.plot_birth({"one": recording()}),
+        plot_birth(runs),
+        plot_birth({"one": recording()}),
         birth.plot_staged(runs, {"seed1": {"W_K1": 10}}),
         birth.plot_sweep(runs),
         birth.plot_first_gradients(gradients),
@@ -111,7 +112,7 @@ def test_every_figure_says_how_to_read_it_and_when_it_misleads(runs, gradients, 
 
 def test_one_run_has_a_colour_for_each_memory_and_rings_where_they_pass_one_half():
     tree = recording()
-    figure = birth.plot_birth({"fixed5": tree})
+    figure = plot_birth({"fixed5": tree})
     assert titles_of(figure) == ["in-context accuracy", "recall", "attention", "nats"]
     assert figure.layout.title.subtitle.text == "fixed5, 40 steps"
     rise = tree["training"]["accuracy"].values
@@ -137,7 +138,7 @@ def test_the_floor_is_that_of_uniform_outputs():
     def floors(tree):
         return [
             t.y[0]
-            for t in birth.plot_birth({"run": tree}).data
+            for t in plot_birth({"run": tree}).data
             if t.line.dash == "dot" and t.yaxis == "y4" and t.x[0] is not None
         ]
 
@@ -146,7 +147,7 @@ def test_the_floor_is_that_of_uniform_outputs():
 
 
 def test_several_runs_have_a_colour_each_and_a_panel_for_each_memory(runs):
-    figure = birth.plot_birth(runs)
+    figure = plot_birth(runs)
     recalls = ["recall, W_O1 / W_O2", "recall, W_K2", "recall, W_K1, first 64", "recall, W_K1"]
     attention = ["attention, previous token", "attention, induction"]
     assert titles_of(figure) == ["in-context accuracy", *recalls, *attention, "nats"]
@@ -162,8 +163,8 @@ def test_several_runs_have_a_colour_each_and_a_panel_for_each_memory(runs):
 
 def test_short_sequences_have_one_panel_for_positions():
     runs = {"a": recording(length=64), "b": recording(length=64)}
-    assert "recall, W_K1, first 64" not in titles_of(birth.plot_birth(runs))
-    assert "recall, W_K1" in titles_of(birth.plot_birth(runs))
+    assert "recall, W_K1, first 64" not in titles_of(plot_birth(runs))
+    assert "recall, W_K1" in titles_of(plot_birth(runs))
 
 
 def test_matrices_are_released_at_vertical_lines(runs):
@@ -222,7 +223,7 @@ def test_what_is_missing_is_refused(runs):
         bare = runs["seed0"].copy()
         del bare[group]
         with pytest.raises(InputError, match=f"the recording bare has no /{group} over steps"):
-            birth.plot_birth({"bare": bare})
+            plot_birth({"bare": bare})
     with pytest.raises(InputError, match="recordings is empty"):
         birth.plot_sweep({})
 
@@ -317,7 +318,7 @@ def test_unknown_tokens_are_refused(models):
 def test_names_cannot_break_the_page(models, gradients, tmp_path):
     run = {"<b>x</b>": recording(), "y": recording()}
     figures = {
-        "birth": birth.plot_birth(run),
+        "birth": plot_birth(run),
         "staged": birth.plot_staged(run, {"y": {"<i>": 10}}),
         "sweep": birth.plot_sweep(run),
         "gradients": birth.plot_first_gradients({"<b>x</b>": gradients["seed0"]}, run),

@@ -14,7 +14,7 @@ from metaint.labs.birth.behaviour import evaluate
 from metaint.labs.birth.findings import in_order
 from metaint.labs.birth.run import RECORDING, Settings, first_gradients, settings_of, states_of, train_run
 from metaint.labs.birth.training import held_out_sample, matrices
-from metaint.scanning.recorder import read_recording
+from metaint.scans.recordings import read_recording
 
 TEXT = "".join(random.Random(0).choices("abcdefghijkl ", k=3000))
 TINY = {"steps": 6, "length": 20, "batch": 4, "d": 8, "records": 4, "learning_rate": 0.1}

@@ -16,7 +16,7 @@ from metaint.labs.norm_growth import findings as norm_findings, run as norm_trai
 from metaint.labs.norm_growth.findings import block_steps, describe, slopes_of
 from metaint.labs.norm_growth.run import characters, seconds, settings_of, trained_model
 from metaint.labs.norm_growth.study import Settings, study, train_run
-from metaint.scanning.recorder import read_recording
+from metaint.scans.recordings import read_recording
 
 TEXT = "the norm of the parameters grows as the square root of time; attention saturates. " * 20
 SIZES = {"n_layers": 1, "n_heads": 2, "d_model": 16, "length": 16, "batch": 4, "records": 5}

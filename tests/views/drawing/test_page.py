@@ -31,5 +31,5 @@ def test_what_can_not_be_written_is_said(tmp_path):
 
 
 def test_plotly_is_loaded_when_a_figure_is_drawn():
-    code = "import sys, metaint.shell.main, metaint.views.groups.streams; sys.exit('plotly' in sys.modules)"
+    code = "import sys, metaint.shell.main, metaint.views.drawing.terminal; sys.exit('plotly' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

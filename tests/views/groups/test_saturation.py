@@ -10,6 +10,7 @@ from rich.console import Console
 import metaint
 from metaint.errors import InputError
 from metaint.views.drawing.page import write_page
+from metaint.views.export.scan_json import scan_json
 from metaint.views.groups.saturation import (
     plot_head_saturation,
     plot_saturation,
@@ -17,7 +18,6 @@ from metaint.views.groups.saturation import (
     saturation_figures,
     saturation_frame,
 )
-from metaint.views.groups.streams import scan_json
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from rich.console import Console
 
 import metaint
 from metaint.errors import InputError
-from metaint.views.groups.saturation import group_json
-from metaint.views.groups.streams import scan_json
+from metaint.views.export.scan_json import scan_json
+from metaint.views.groups.group_view import group_json
 from metaint.views.groups.weights import plot_weights, print_weights, weights_frame
 from tests.builders import available_kinds, build
 from tests.models.handmade import HandMade

@@ -9,7 +9,10 @@ from rich.console import Console
 
 import metaint
 from metaint.errors import InputError
-from metaint.views.groups.streams import later_norms, layer_frame, print_inner, print_residual, scan_json
+from metaint.views.export.scan_json import scan_json
+from metaint.views.groups.inner import print_inner
+from metaint.views.groups.layers import layer_frame
+from metaint.views.groups.residual import later_norms, print_residual
 from tests.builders import available_kinds, build
 
 

@@ -1,0 +1,16 @@
+"""The views of all groups, in the order in which they are shown; a new group adds a line."""
+
+from metaint.views.groups import heads, inner, memory, recurrence, residual, saturation, weights
+
+VIEWS = {
+    view.group: view
+    for view in (
+        heads.VIEW,
+        residual.VIEW,
+        inner.VIEW,
+        saturation.VIEW,
+        memory.VIEW,
+        weights.VIEW,
+        recurrence.VIEW,
+    )
+}
