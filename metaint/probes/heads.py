@@ -38,6 +38,8 @@ class HeadProbe(Probe):
     uniform: list[Float[Tensor, "sequence slot layer"]]
     null_mean: Float[Tensor, "slot layer head"]
     null_variance: Float[Tensor, "slot layer head"]
+    # Of the pass that is being read.
+    _plan: "Plan"
 
     def __init__(self, measures: Iterable[str | Measure] | None = None) -> None:
         super().__init__()
@@ -48,7 +50,6 @@ class HeadProbe(Probe):
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("null_mean", "null_variance", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-        self._plan: Plan | None = None
 
     @cached_property
     def slots(self) -> dict[str, slice]:
@@ -66,20 +67,20 @@ class HeadProbe(Probe):
     def hook_names(self, shape: Shape) -> list[str]:
         return [f"blocks.{layer}.attn.hook_pattern" for layer in range(shape.n_layers)]
 
-    def read(self, name: str, activation: Tensor, watch: InputWatch) -> None:
-        layer = int(name.split(".")[1])
+    def update(self, name: str, activation: Float[Tensor, "batch head query key"], watch: InputWatch) -> None:
+        """Fold the rows of one layer's pattern into the sums of the sequences they belong to."""
         if self.opens_pass(name, watch):
             self._begin(watch, activation)
-        assert self._plan is not None
         # A sliding-window cache holds the last keys alone; the others get no weight.
         missing = self._plan.context.mask.shape[1] - activation.shape[-1]
-        self.update(layer, torch.nn.functional.pad(activation, (missing, 0)) if missing else activation)
+        if missing:
+            activation = torch.nn.functional.pad(activation, (missing, 0))
+        self._fold(int(name.split(".")[1]), Tile(activation, self._plan.context))
 
     def _begin(self, watch: InputWatch, pattern: Tensor) -> None:
         """A forward pass starts: learn its inputs, and make room for its sequences unless they go on."""
         batch, _, queries, keys = pattern.shape
         inputs = watch.resolve(batch, queries, keys, pattern.device)
-        assert self.shape is not None
         positions = torch.arange(inputs.past, inputs.past + queries, device=pattern.device)
         tokens = None if inputs.tokens is None else inputs.tokens.to(pattern.device)
         self._plan = Plan.of(self.kinds, Context(positions, inputs.mask, tokens, self.shape.causal))
@@ -88,7 +89,6 @@ class HeadProbe(Probe):
         self.tokens_seen = self.tokens_seen + inputs.mask[:, inputs.past :].sum()
 
     def _make_room(self, batch: int, device: torch.device) -> None:
-        assert self.shape is not None
         full = torch.float32 if device.type == "mps" else torch.float64
         size = (self.n_slots, self.shape.n_layers)
         self.sums.append(torch.zeros(batch, *size, self.shape.n_heads, dtype=full, device=device))
@@ -99,11 +99,8 @@ class HeadProbe(Probe):
             self.null_mean = torch.zeros(kinds, dtype=full, device=device)
             self.null_variance = torch.zeros(kinds, dtype=full, device=device)
 
-    def update(self, layer: int, pattern: Float[Tensor, "batch head query key"]) -> None:
-        """Fold the rows of one layer's pattern into the sums of the sequences they belong to."""
+    def _fold(self, layer: int, tile: Tile) -> None:
         plan = self._plan
-        assert plan is not None
-        tile = Tile(pattern, plan.context)
         sums, counts, uniform = self.sums[-1], self.counts[-1], self.uniform[-1]
         n_kinds, full = len(self.kinds), sums.dtype
         added, defined = self.row_sums(plan, tile, full)
@@ -163,7 +160,7 @@ class HeadProbe(Probe):
 
     def to_dataset(self) -> xr.Dataset:
         variables = self.compute()
-        shape = self.shape or Shape(0, 0, True)
+        shape = self._shape or Shape(0, 0, True)
         coords: dict[str, Any] = {"layer": range(shape.n_layers), "head": range(shape.n_heads)}
         coords["window"] = ("layer", list(shape.windows) or [0] * shape.n_layers)
         if any(value.ndim == 3 for value in variables.values()):

@@ -9,37 +9,27 @@ from typing import Any
 
 import torch
 import xarray as xr
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 from torchmetrics.utilities import dim_zero_cat
 
 from metaint.errors import ActivationError, HookAuditError, InputError
 from metaint.measures import norms
 from metaint.measures.correlation import partial_spearman
-from metaint.measures.inner import PathReadings, Readout, Translator, read_path
-from metaint.measures.resampling import bootstrap_interval
+from metaint.measures.inner import Readout, Translator, read_path
 from metaint.models.audit import holds
 from metaint.models.describe import Shape, shape_of
 from metaint.models.inputs import InputWatch
 from metaint.models.readout import readout_of
 from metaint.models.translators import affine_translators
+from metaint.probes.inner_path import of_layers, of_steps, path_of, targets_of
+from metaint.probes.inner_variables import BLOCK, LAYER, PARTS, VARIABLES
+from metaint.probes.means import BOUNDS, Means, as_dataset
 from metaint.probes.probe import Probe
 from metaint.probes.stream import Rows, precise, widened_copy
-from metaint.scans.assemble import shaped
 
-PARTS = ("", "_attn", "_mlp")
-# Means over sampled tokens, kept as sums for each sequence and layer, with what counts them.
-_LAYER = dict.fromkeys(("loss", "target_rank", "top1", "prediction_entropy", "kl_to_final", "gradient_norm"), "samples")
-_LAYER |= {"loss_null": "samples_null", "norm_correct": "correct", "norm_wrong": "wrong"}
-_STEP = {
-    f"{name}{null}{part}": f"steps{null}{part}"
-    for name in ("loss_decrease", "improved", "step_gradient_cosine", "descent")
-    for null in ("", "_null")
-    for part in PARTS
-}
-_MEANS = {**_LAYER, **_STEP}
-_SLOTS = list(dict.fromkeys([*_MEANS, *_MEANS.values()]))
+_MEANS = Means(VARIABLES)
 # The scan holds the norm and loss of at most so many tokens, for figures.
 MOST_TOKENS = 2000
 
@@ -66,6 +56,10 @@ class InnerProbe(Probe):
     tokens: list[Int[Tensor, "sequence sample field"]]
     values: list[Float[Tensor, "sequence sample field layer"]]
     rates: list[Float[Tensor, "sequence sample part block"]]
+    _readout: Readout
+    # Of the pass that is being read: its rows, and the sampled ones by the hooks they were read at.
+    _rows: Rows
+    _activations: dict[str, Float[Tensor, "sampled d_model"]]
 
     def __init__(self, positions: int = 64, lens: Any = None, seed: int = 0) -> None:
         super().__init__()
@@ -77,16 +71,13 @@ class InnerProbe(Probe):
         for name in ("frequency", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
         self._split = False
-        self._readout: Readout | None = None
         self._translators: list[Translator] | None = None
-        self._rows: Rows | None = None
 
     def prepare(self, model: Any) -> None:
         if not shape_of(model).causal:
             raise HookAuditError("InnerProbe needs a model that predicts the next token, and this one looks ahead.")
         self._split = self.lens is None and holds(model, "residual")
         super().prepare(model)
-        assert self.shape is not None
         self._readout = readout_of(model)
         if self.lens is not None:
             pairs = affine_translators(self.lens, self.shape.n_layers, self.shape.d_model)
@@ -99,13 +90,13 @@ class InnerProbe(Probe):
         names = [f"blocks.{layer}.{part}" for layer in range(shape.n_layers) for part in parts]
         return [*names, f"blocks.{shape.n_layers - 1}.hook_resid_post"]
 
-    def read(self, name: str, activation: Tensor, watch: InputWatch) -> None:
+    def update(self, name: str, activation: Float[Tensor, "batch row d_model"], watch: InputWatch) -> None:
+        """Keep the sampled rows, and fold them in with the last stream of the pass."""
         if self.opens_pass(name, watch):
             self._rows = Rows.of(activation, watch, self.positions, self.seed, need_next=True)
-            self._kept: dict[str, Tensor] = {}
+            self._activations = {}
             if self._rows.tokens is None:
                 raise InputError("the model was fed embeddings, and InnerProbe needs the tokens: pass token ids.")
-        assert self._rows is not None
         if self._rows.past:
             return
         sample = widened_copy(self._rows.pick(activation)[self._rows.sampled])
@@ -113,33 +104,34 @@ class InnerProbe(Probe):
             raise ActivationError(
                 f"{name} holds NaN or infinity: the weights or the activations before it overflow (try a wider dtype)."
             )
-        self._kept[name] = sample
+        self._activations[name] = sample
         if name.endswith("hook_resid_post"):
-            self.update(self._kept)
-            self._kept = {}
+            self._fold(self._activations)
+            self._activations = {}
 
-    def update(self, kept: Mapping[str, Float[Tensor, "sampled d_model"]]) -> None:
-        """Fold the sampled rows of one pass, by the hooks they were read at."""
-        rows, shape, readout = self._rows, self.shape, self._readout
-        assert rows is not None
-        assert shape is not None
-        assert readout is not None
-        points, steps = path_of(kept, shape.n_layers, shape.sublayers if self._split else "whole")
+    def _fold(self, activations: Mapping[str, Float[Tensor, "sampled d_model"]]) -> None:
+        """Fold in the sampled rows of a whole pass."""
+        rows, n_layers = self._rows, self.shape.n_layers
+        points, steps = path_of(activations, n_layers, self.shape.sublayers if self._split else "whole")
         streams = [*(start for (_, part), (start, _) in steps.items() if part == ""), len(points) - 1]
-        targets, has_null = _targets(rows)
-        translators = None
-        if self._translators is not None:
-            translators = [*(Translator(*(t.to(points[0]) for t in pair)) for pair in self._translators), None]
-        found = read_path(readout, points, list(steps.values()), targets, translators)
+        targets, has_null = targets_of(rows)
+        readings = read_path(self._readout, points, list(steps.values()), targets, self._translators_like(points[0]))
         lengths = torch.stack([norms.norm(points[i]) for i in streams], 1)
-        summands = {**_of_layers(found, streams, lengths, has_null), **_of_steps(found, steps, has_null)}
-        slots = lengths.new_zeros(len(targets), len(_SLOTS), shape.n_layers + 1, dtype=precise(lengths.device))
+        summands = {**of_layers(readings, streams, lengths, has_null), **of_steps(readings, steps, has_null)}
+        sums = _MEANS.room(len(targets), n_layers + 1, dtype=precise(lengths.device), device=lengths.device)
         for name, value in summands.items():
-            slots[:, _SLOTS.index(name), : value.shape[1]] = value.to(slots.dtype)
-        rates = lengths.new_full((len(targets), len(PARTS), shape.n_layers), math.nan)
-        for (block, part), rate in zip(steps, found.rate, strict=True):
+            _MEANS.of(sums, name)[:, : value.shape[1]] = value.to(sums.dtype)
+        rates = lengths.new_full((len(targets), len(PARTS), n_layers), math.nan)
+        for (block, part), rate in zip(steps, readings.rate, strict=True):
             rates[:, PARTS.index(part), block] = rate[:, 0]
-        self._keep(rows, slots, torch.stack([lengths, found.loss[streams, :, 0].mT], 1), rates, targets[:, 0])
+        values = torch.stack([lengths, readings.loss[streams, :, 0].mT], 1)
+        self._keep(rows, sums, values, rates, targets[:, 0])
+
+    def _translators_like(self, point: Tensor) -> list[Translator | None] | None:
+        """The lens in a stream's dtype and on its device; None for the logit lens, and for the last layer."""
+        if self._translators is None:
+            return None
+        return [*(Translator(*(part.to(point) for part in pair)) for pair in self._translators), None]
 
     def _keep(self, rows: Rows, slots: Tensor, values: Tensor, rates: Tensor, target: Tensor) -> None:
         """Sums by sequence, and what is kept of each token, padded to `positions` a sequence."""
@@ -156,7 +148,6 @@ class InnerProbe(Probe):
             padded = torch.full((batch, self.positions, *new.shape[1:]), math.nan, device=new.device)
             padded[sequence, sample] = new
             state.append(padded)
-        assert self._readout is not None
         vocab = self._readout.weight.shape[1]
         seen = torch.bincount(rows.tokens[rows.real], minlength=vocab).to(slots.dtype)
         self.frequency = self.frequency + seen
@@ -167,71 +158,57 @@ class InnerProbe(Probe):
 
         For fidelity, the first-order decreases and the decreases.
         """
-        slot, count = name.replace("fidelity", "descent"), _MEANS.get(name) or name.replace("fidelity", "loss_decrease")
-        if slot not in _SLOTS or count not in _SLOTS:
+        variable = next((variable for variable in _MEANS.variables if variable.name == name), None)
+        if variable is None:
             raise InputError(f"name is {name!r}: choose a mean of /inner, such as loss or step_gradient_cosine.")
         sums = dim_zero_cat(self.sums).cpu()
-        n_layers = sums.shape[-1] - (slot in _STEP)
-        return sums[:, _SLOTS.index(slot), :n_layers], sums[:, _SLOTS.index(count), :n_layers]
+        if variable.dims == BLOCK:
+            sums = sums[..., :-1]
+        return _MEANS.of(sums, variable.of), _MEANS.of(sums, variable.count)
 
     def compute(self) -> dict[str, Tensor]:
         """Every variable of `/inner` that lies along layers or blocks, by name."""
         if len(self.sums) == 0:
             return {}
         sums = dim_zero_cat(self.sums).cpu()
-        found: dict[str, Tensor] = {}
-        for name, count in _MEANS.items():
-            n_layers = sums.shape[-1] - (name in _STEP)
-            value, of = (sums[:, _SLOTS.index(slot), :n_layers] for slot in (name, count))
-            found |= _ratio(name, value, of)
-        for end in ("", "_low", "_high"):
-            found[f"target_rank{end}"] = found[f"target_rank{end}"].exp()
-        for null in ("", "_null"):
-            for part in PARTS:
-                for end in ("", "_low", "_high"):
-                    del found[f"descent{null}{part}{end}"]
-                slots = (f"descent{null}{part}", f"loss_decrease{null}{part}")
-                descent, decrease = (sums[:, _SLOTS.index(slot), :-1] for slot in slots)
-                found |= _ratio(f"fidelity{null}{part}", descent, decrease)
+        values = _MEANS.compute(sums, *LAYER) | _MEANS.compute(sums[..., :-1], *BLOCK)
         rates = dim_zero_cat(self.rates).cpu().flatten(0, 1)
         for i, part in enumerate(PARTS):
-            found[f"learning_rate{part}"] = rates[:, i].nanmedian(0).values
-        return found | self._norm_against_loss()
+            values[f"learning_rate{part}"] = rates[:, i].nanmedian(0).values
+        return values | self._norm_against_loss()
 
     def _norm_against_loss(self) -> dict[str, Float[Tensor, " layer"]]:
         """Spearman of norm and loss over tokens, plain and with frequencies and position partialled out."""
-        tokens, values = dim_zero_cat(self.tokens).cpu(), dim_zero_cat(self.values).cpu()
-        there = tokens[..., 0] >= 0
-        sequence = there.nonzero()[:, 0]
-        ids, norm_and_loss = tokens[there], values[there]
+        ids, norm_and_loss, sequence = self._sampled_tokens()
         count = self.frequency.cpu()
         covariates = torch.stack([count[ids[:, 0]], count[ids[:, 1]], ids[:, 2].to(count.dtype)])
-        found = {}
+        results = {}
         for name, taken_out in (("norm_loss_spearman", covariates[:0]), ("norm_loss_spearman_partial", covariates)):
-            rows = [partial_spearman(x, y, taken_out, sequence) for x, y in norm_and_loss.permute(2, 1, 0)]
-            for end, column in zip(("", "_low", "_high"), zip(*rows, strict=True), strict=True):
-                found[name + end] = torch.tensor(column, dtype=torch.float64)
-        return found
+            of_layers = rearrange(norm_and_loss, "token field layer -> layer field token")
+            rows = [partial_spearman(length, loss, taken_out, sequence) for length, loss in of_layers]
+            for end, column in zip(("", *BOUNDS), zip(*rows, strict=True), strict=True):
+                results[name + end] = torch.tensor(column, dtype=torch.float64)
+        return results
+
+    def _sampled_tokens(self) -> tuple[Int[Tensor, "token field"], Float[Tensor, "token field layer"], Tensor]:
+        """Of every sampled token: its id, target and position, its norms and losses, and its sequence."""
+        tokens, values = dim_zero_cat(self.tokens).cpu(), dim_zero_cat(self.values).cpu()
+        was_sampled = tokens[..., 0] >= 0
+        return tokens[was_sampled], values[was_sampled], was_sampled.nonzero()[:, 0]
 
     def to_dataset(self) -> xr.Dataset:
-        variables = self.compute()
-        if not variables or self.shape is None:
+        values = self.compute()
+        if not values:
             return xr.Dataset(attrs={"tokens_seen": 0, "sequences": 0, "samples": 0})
+        ids, norm_and_loss, _ = self._sampled_tokens()
+        samples = len(ids)
+        chosen = torch.linspace(0, max(samples - 1, 0), min(samples, MOST_TOKENS)).round().long()
+        values |= {"token_norm": norm_and_loss[chosen, 0], "token_loss": norm_and_loss[chosen, 1]}
         n_layers = self.shape.n_layers
         coords: dict[str, Any] = {"layer": range(n_layers + 1), "block": range(n_layers)}
-        dims = {n_layers + 1: ("layer",), n_layers: ("block",)}
-        tokens, values = dim_zero_cat(self.tokens).cpu(), dim_zero_cat(self.values).cpu()
-        there = tokens[..., 0] >= 0
-        samples = int(there.sum())
-        chosen = torch.linspace(0, max(samples - 1, 0), min(samples, MOST_TOKENS)).round().long()
-        ids, kept = tokens[there][chosen].numpy(), values[there][chosen].numpy()
         for i, name in enumerate(("token", "target", "token_position")):
-            coords[name] = ("sample", ids[:, i])
-        data = xr.Dataset({k: shaped(dims[v.numel()], v, coords) for k, v in variables.items()}, coords)
-        for i, name in enumerate(("token_norm", "token_loss")):
-            data[name] = (("sample", "layer"), kept[:, i])
-        for name, words in DESCRIPTIONS.items():
-            data[name].attrs["description"] = words
+            coords[name] = ("sample", ids[chosen, i].numpy())
+        data = as_dataset(values, VARIABLES, coords)
         data.attrs.update(
             tokens_seen=int(self.tokens_seen),
             sequences=sum(len(block) for block in self.sums),
@@ -239,125 +216,3 @@ class InnerProbe(Probe):
             lens="logit lens" if self.lens is None else "tuned lens",
         )
         return data
-
-
-def _of_layers(
-    found: PathReadings, streams: list[int], lengths: Tensor, has_null: Tensor
-) -> dict[str, Float[Tensor, "sampled layer"]]:
-    """What each token adds to the sums of `_LAYER` and to their counts."""
-    rank = found.rank[streams].mT
-    hit = (rank == 1).to(lengths.dtype)
-    there = has_null[:, None].expand_as(hit)
-    return {
-        "loss": found.loss[streams, :, 0].mT,
-        "loss_null": found.loss[streams, :, 1].mT * there,
-        "target_rank": rank.log(),
-        "top1": hit,
-        "prediction_entropy": found.entropy[streams].mT,
-        "kl_to_final": found.kl[streams].mT,
-        "gradient_norm": found.gradient_norm[streams].mT,
-        "norm_correct": lengths * hit,
-        "norm_wrong": lengths * (1 - hit),
-        "correct": hit,
-        "wrong": 1 - hit,
-        "samples": torch.ones_like(hit),
-        "samples_null": there,
-    }
-
-
-def _of_steps(
-    found: PathReadings, steps: Mapping[tuple[int, str], tuple[int, int]], has_null: Tensor
-) -> dict[str, Float[Tensor, "sampled block"]]:
-    """What each token adds to the sums of `_STEP` and to their counts."""
-    values: dict[str, Tensor] = {}
-    for part in dict.fromkeys(part for _, part in steps):
-        places = [i for i, (_, p) in enumerate(steps) if p == part]
-        ends = [stretch for (_, p), stretch in steps.items() if p == part]
-        decrease = found.loss[[start for start, _ in ends]] - found.loss[[stop for _, stop in ends]]
-        readings = {
-            "loss_decrease": decrease,
-            "improved": decrease > 0,
-            "step_gradient_cosine": found.agreement[places],
-            "descent": found.descent[places],
-            "steps": torch.ones_like(decrease),
-        }
-        for name, reading in readings.items():
-            values[name + part] = reading[..., 0].mT
-            values[f"{name}_null{part}"] = reading[..., 1].mT * has_null[:, None]
-    return values
-
-
-def path_of(
-    kept: Mapping[str, Tensor], n_layers: int, sublayers: str
-) -> tuple[list[Tensor], dict[tuple[int, str], tuple[int, int]]]:
-    """The points of a pass and its steps {(block, part): (start, stop)}; part "" is the whole block.
-
-    The MLP's step starts after attention's in sequential blocks, and from the same stream in parallel ones. Where
-    there is nothing but attention its step is the block's; `sublayers` "whole" asks for no parts.
-    """
-    points: list[Tensor] = []
-    steps: dict[tuple[int, str], tuple[int, int]] = {}
-    for block in range(n_layers):
-        start = len(points)
-        stream = kept[f"blocks.{block}.hook_resid_pre"]
-        points.append(stream)
-        if sublayers in ("attention", "whole"):
-            steps[block, ""] = (start, start + 1)
-            if sublayers == "attention":
-                steps[block, "_attn"] = (start, start + 1)
-            continue
-        points.append(stream + kept[f"blocks.{block}.hook_attn_out"])
-        steps[block, "_attn"] = (start, start + 1)
-        if sublayers == "parallel":
-            points.append(stream + kept[f"blocks.{block}.hook_mlp_out"])
-            steps[block, "_mlp"] = (start, start + 2)
-        else:
-            steps[block, "_mlp"] = (start + 1, start + 2)
-        steps[block, ""] = (start, len(points))
-    points.append(kept[f"blocks.{n_layers - 1}.hook_resid_post"])
-    return points, steps
-
-
-def _targets(rows: Rows) -> tuple[Int[Tensor, "sampled 2"], Tensor]:
-    """The next token of each sampled row and, as baseline, that of the row half the sample away in its sequence.
-
-    Second, whether there is another row to take it from.
-    """
-    assert rows.tokens is not None
-    following = rows.pick(pad(rows.tokens[:, 1:], (0, 1)))
-    count = rows.sampled.sum(-1, keepdim=True)
-    sample = torch.arange(rows.sampled.shape[1], device=count.device).expand_as(rows.sampled)
-    other = (sample + count // 2) % count.clamp(min=1)
-    both = torch.stack([following, following.gather(1, other)], -1)[rows.sampled]
-    return both, (count > 1).expand_as(rows.sampled)[rows.sampled]
-
-
-def _ratio(name: str, sums: Float[Tensor, "sequence layer"], counts: Float[Tensor, "sequence layer"]) -> dict:
-    """A ratio of sums with its interval over sequences."""
-    low, high = bootstrap_interval(sums, counts)
-    return {name: sums.sum(0) / counts.sum(0), f"{name}_low": low, f"{name}_high": high}
-
-
-DESCRIPTIONS = {
-    "loss": "mean cross-entropy of the next token, in nats, if the stream at this layer were the last",
-    "loss_null": "the same for another sampled token's target of the same sequence",
-    "target_rank": "geometric mean rank of the next token, 1 is the most likely",
-    "top1": "share of positions where the next token is the most likely",
-    "prediction_entropy": "mean entropy of the prediction, in nats",
-    "kl_to_final": "mean KL(final prediction || prediction at this layer), in nats",
-    "gradient_norm": "mean length of the loss's gradient at the stream",
-    "norm_correct": "mean length of the stream where the top prediction is right",
-    "norm_wrong": "mean length of the stream where it is wrong",
-    "norm_loss_spearman": "Spearman over tokens of the stream's length and the loss, both at this layer",
-    "norm_loss_spearman_partial": "the same with token and target frequency (in the scanned text) and position "
-    "partialled out",
-    "loss_decrease": "mean loss before the step less the loss after it, in nats",
-    "improved": "share of positions where the step lowers the loss",
-    "step_gradient_cosine": "mean cosine of the step with the descent direction -g; 1 is a gradient step",
-    "step_gradient_cosine_null": "the same with the gradient for another token's target",
-    "learning_rate": "median of -<D, g> / ||g||², the learning rate that the step would have as a gradient step",
-    "fidelity": "-<D, g> summed over tokens / loss decrease summed over tokens: 1 where the loss is linear along "
-    "steps; it means little where the decrease is near 0",
-    "token_norm": "length of the stream of single tokens",
-    "token_loss": "loss of single tokens, in nats",
-}

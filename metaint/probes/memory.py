@@ -18,7 +18,7 @@ from metaint.models.inputs import InputWatch
 from metaint.models.memory import LAGS, TOKENS, Embedding, Memories
 from metaint.models.reading import Unavailable
 from metaint.models.readout import readout_of
-from metaint.probes.probe import Hook, Probe, quietly
+from metaint.probes.probe import Probe, quietly
 from metaint.probes.stream import precise, widened_copy
 from metaint.scans.assemble import shaped
 
@@ -39,8 +39,8 @@ Variables = dict[str, tuple[tuple[str, ...], Tensor]]
 
 
 class MemoryProbe(Probe):
-    """Reads the weights of a model as memories each time it is attached to, the last reading counting, and from the
-    passes that follow how often it predicts what it can only know from the context.
+    """Reads the weights of a model as memories before the passes of each `metaint.attach` or `metaint.scan`, the last
+    reading counting, and from the passes how often it predicts what it can only know from the context.
 
     `tokens` are ids or how many to draw, `embedding` what stands for a token, both as in `Memories`; `triggers` are
     ids of their own for another `key_composition_recall` (the paper's, with fixed triggers, is over those alone).
@@ -60,6 +60,7 @@ class MemoryProbe(Probe):
     kl: list[Float[Tensor, " reading"]]
     hits: Float[Tensor, " kind"]
     counts: Float[Tensor, " kind"]
+    tokens_read: Float[Tensor, ""]
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class MemoryProbe(Probe):
         for name in ("hits", "counts"):
             self.add_state(name, torch.zeros(len(_BEHAVIOUR)), dist_reduce_fx="sum")
         self._readout: Any = None
-        self._tokens_read = 0
+        self.add_state("tokens_read", torch.zeros(()), dist_reduce_fx="max")
 
     def hook_names(self, shape: Shape) -> list[str]:
         return [f"blocks.{shape.n_layers - 1}.hook_resid_post"]
@@ -88,24 +89,16 @@ class MemoryProbe(Probe):
         if not isinstance(getattr(model, "W_E", None), Tensor):
             raise HookAuditError("MemoryProbe reads token embeddings (W_E), and this model has none.")
         super().prepare(model)
-        self._readout = readout_of(model) if holds(model, "unembedding") and self._predicts() else None
-
-    def _predicts(self) -> bool:
-        return self.shape is not None and self.shape.causal
-
-    def hooks(self, model: Any, watch: InputWatch) -> list[Hook]:
-        hooks = super().hooks(model, watch)
-        self.update(model)
-        return hooks
+        predicts = self.shape.causal and holds(model, "unembedding")
+        self._readout = readout_of(model) if predicts else None
 
     # ---- weights ----
 
-    def update(self, model: Any) -> None:
-        """Read the weights of a model that `prepare` has seen."""
-        assert self.shape is not None
+    def read_weights(self, model: Any) -> None:
+        """Read the weights as memories, in place of what was read of them before."""
         with quietly(model.W_E.device.type):
             memories = Memories(model, self.tokens, self.embedding, self.seed)
-            self._tokens_read = len(memories.tokens)
+            self.tokens_read = torch.tensor(len(memories.tokens), dtype=torch.float32, device=self.device)
             n_layers, n_heads = self.shape.n_layers, self.shape.n_heads
             heads = torch.full((len(_HEADS), n_layers, n_heads), math.nan, dtype=torch.float64)
             paired = n_layers * n_heads <= MOST_HEADS
@@ -124,9 +117,9 @@ class MemoryProbe(Probe):
         self.heads, self.pairs = [heads[None].to(self.device)], [pairs[None].to(self.device)]
         self.chances = [torch.tensor([list(chances.values())], dtype=torch.float64, device=self.device)]
         self.kl = [torch.tensor([divergence], dtype=torch.float64, device=self.device)]
+        self._read_something()
 
     def _read_positions(self, memories: Memories, heads: Tensor, chances: dict[str, float]) -> None:
-        assert self.shape is not None
         whole, early, causal, mass = (heads[_HEADS.index(name)] for name in _HEADS[:4])
         if memories.positions is None:
             try:
@@ -156,7 +149,6 @@ class MemoryProbe(Probe):
                 mass[layer, head], chances["previous_position_mass_chance"] = found
 
     def _read_outputs(self, memories: Memories, heads: Tensor, chances: dict[str, float]) -> None:
-        assert self.shape is not None
         first, five = (heads[_HEADS.index(name)] for name in ("ov_recall", "ov_recall_top5"))
         for layer in range(self.shape.n_layers):
             for head in range(self.shape.n_heads):
@@ -165,7 +157,6 @@ class MemoryProbe(Probe):
                 chances["ov_recall_chance"], chances["ov_recall_top5_chance"] = found.chance, TOP * found.chance
 
     def _read_pairs(self, memories: Memories, pairs: Tensor, chances: dict[str, float]) -> None:
-        assert self.shape is not None
         first, five, few = pairs
         slots = [(memories, [(_PAIRS[0], first, 1), (_PAIRS[1], five, TOP)])]
         if self.triggers is not None:
@@ -194,7 +185,8 @@ class MemoryProbe(Probe):
 
     # ---- behaviour ----
 
-    def read(self, name: str, activation: Tensor, watch: InputWatch) -> None:
+    def update(self, name: str, activation: Float[Tensor, "batch position d_model"], watch: InputWatch) -> None:
+        """Count how often the last stream predicts what followed the current token the last time."""
         self.opens_pass(name, watch)
         inputs = watch.resolve(activation.shape[0], activation.shape[1], None, activation.device)
         if self._readout is None or inputs.tokens is None or inputs.past:
@@ -238,7 +230,7 @@ class MemoryProbe(Probe):
 
     def to_dataset(self) -> xr.Dataset:
         variables = self.compute()
-        if not variables or self.shape is None:
+        if not variables:
             return xr.Dataset(attrs={"tokens_read": 0})
         layers, heads = range(self.shape.n_layers), range(self.shape.n_heads)
         coords: dict[str, Any] = {"layer": layers, "head": heads}
@@ -247,7 +239,7 @@ class MemoryProbe(Probe):
         data = xr.Dataset({name: shaped(dims, value, coords) for name, (dims, value) in variables.items()}, coords)
         for name in data.data_vars:
             data[name].attrs["description"] = DESCRIPTIONS[str(name)]
-        data.attrs.update(tokens_read=self._tokens_read, embedding=self.embedding)
+        data.attrs.update(tokens_read=int(self.tokens_read), embedding=self.embedding)
         return data
 
 

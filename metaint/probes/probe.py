@@ -23,7 +23,8 @@ class Probe(Metric):
     """Reads a model at `hook_names`, folding each activation into state with `update`.
 
     A subclass names its `group` in a scan and the `audits` it relies on, says where it reads, and turns its state
-    into a labelled dataset. Adding, merging, resetting and moving state are `torchmetrics.Metric`'s own.
+    into a labelled dataset. Adding, merging, resetting and moving state are `torchmetrics.Metric`'s own. What a probe
+    reads without a pass it reads in `read_weights`, which `metaint.scan` and `metaint.attach` call before the passes.
     """
 
     full_state_update = False
@@ -35,18 +36,30 @@ class Probe(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shape: Shape | None = None
+        self._shape: Shape | None = None
         self.facts: dict[str, str | int] = {}
         self._pass: tuple[InputWatch, int] | None = None
         self._read: set[str] = set()
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the model that was read; InputError where none was."""
+        if self._shape is None:
+            raise InputError(
+                f"this {type(self).__name__} has read no model: give it to metaint.scan or metaint.attach."
+            )
+        return self._shape
 
     def hook_names(self, shape: Shape) -> list[str]:
         """The hook points this probe reads, by their TransformerLens names."""
         raise NotImplementedError
 
-    def read(self, name: str, activation: Tensor, watch: InputWatch) -> None:
-        """Fold one activation into the state."""
+    def update(self, name: str, activation: Tensor, watch: InputWatch) -> None:
+        """Fold in the activation at hook point `name`, of the pass that `watch` follows."""
         raise NotImplementedError
+
+    def read_weights(self, model: Any) -> None:
+        """Read what needs no pass, of a model that `prepare` has seen; most probes read nothing."""
 
     def opens_pass(self, name: str, watch: InputWatch) -> bool:
         """Whether this activation is the first that this probe reads of a forward pass; called once for each."""
@@ -65,25 +78,24 @@ class Probe(Metric):
     def prepare(self, model: Any) -> None:
         """Learn the model's shape and check what this probe relies on; HookAuditError if it does not hold."""
         shape = shape_of(model)
-        if self.shape is not None and shape != self.shape:
+        if self._shape is not None and shape != self.shape:
             raise InputError(
                 f"this {type(self).__name__} has read a model of {self.shape.n_layers} layers x {self.shape.n_heads} "
                 f"heads, and this one has {shape.n_layers} x {shape.n_heads}: use a new probe."
             )
-        there = model.hook_dict  # which a bridge makes anew at each call
-        missing = [name for name in self.hook_names(shape) if name not in there]
+        hook_points = model.hook_dict  # which a bridge makes anew at each call
+        missing = [name for name in self.hook_names(shape) if name not in hook_points]
         if missing:
             raise HookAuditError(
                 f"{type(self).__name__} reads {missing[0]}, which this model does not have: "
                 "a model without attention patterns there (state-space layers, fused attention) can't be probed."
             )
         require(model, self.audits)
-        self.shape, self.facts = shape, facts_of(model)
+        self._shape, self.facts = shape, facts_of(model)
 
     def hooks(self, model: Any, watch: InputWatch) -> list[Hook]:
         """Read-only forward hooks for `model`, told by `watch` what the model is fed."""
         self.prepare(model)
-        assert self.shape is not None
         return [(name, self._reader(name, watch)) for name in self.hook_names(self.shape)]
 
     def fwd_hooks(self, model: Any, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> list[Hook]:
@@ -108,20 +120,36 @@ class Probe(Metric):
     def _reader(self, name: str, watch: InputWatch) -> Callable[..., None]:
         def hook(activation: Tensor, hook: Any) -> None:
             with quietly(activation.device.type):
-                self.read(name, activation.detach()[: len(activation) // watch.copies], watch)
+                self.update(name, activation.detach()[: len(activation) // watch.copies], watch)
 
         return hook
 
     def merge_state(self, incoming_state: Any) -> None:
         """Add what another probe of the same kind has read, as if this one had read it too."""
-        if isinstance(incoming_state, Probe) and self.shape is None:
-            self.shape, self.facts = incoming_state.shape, incoming_state.facts
+        if isinstance(incoming_state, Probe) and self._shape is None:
+            self._shape, self.facts = incoming_state._shape, incoming_state.facts
         mine = {name: list(value) for name, value in self.metric_state.items() if isinstance(value, list)}
         super().merge_state(incoming_state)
         for name, value in mine.items():  # torchmetrics puts what comes in first; an order is kept here
             theirs = getattr(self, name)
             setattr(self, name, [*value, *theirs[: len(theirs) - len(value)]])
         self._computed = None  # torchmetrics keeps the value from before the merge otherwise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pass that was read last, which is not gone on with elsewhere."""
+        return {**super().__getstate__(), "_pass": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        """Move the state to another device; it stays in full precision under `.to(dtype)` too (see `set_dtype`)."""
+        if self._dtype_convert:
+            return super()._apply(fn, exclude_state)
+        device = fn(torch.zeros(1, device=self.device)).device
+        return super()._apply(lambda tensor: tensor.to(device), exclude_state)
+
+    def _read_something(self) -> None:
+        """What torchmetrics does at `update`, for a step that folds in something else than an activation."""
+        self._computed = None
+        self._update_count += 1
 
     def to_scan(self, attributes: Mapping[str, Any] | None = None) -> xr.DataTree:
         """What was read so far as a scan with this probe's group alone."""

@@ -11,31 +11,29 @@ from typing import Any
 
 import torch
 import xarray as xr
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from metaint.errors import ActivationError, InputError
 from metaint.measures import norms, saturation
-from metaint.measures.resampling import bootstrap_interval
-from metaint.measures.sharpening import blocks, mix, row_statistics
+from metaint.measures.sharpening import blocks, mix
 from metaint.measures.tile import TAUS, Context
 from metaint.models.audit import holds, require
 from metaint.models.describe import Shape
 from metaint.models.heads import repeat_heads
 from metaint.models.inputs import InputWatch
 from metaint.models.invariants import pattern_of, score_hooks
+from metaint.probes.means import Means, as_dataset
 from metaint.probes.probe import Probe, quietly
+from metaint.probes.saturation_rows import HeadRows, compare_logits
+from metaint.probes.saturation_variables import HEAD, LOGITS, SCALE, STREAM, STREAMS, UNIFORM, of_heads, variables_of
 from metaint.probes.stream import Rows, precise
-from metaint.scans.assemble import shaped
 
-Variables = dict[str, tuple[tuple[str, ...], Tensor]]
-
-_LISTS = ("heads", "streams", "counts", "logits")
-_LOGIT_SLOTS = ("kl", "agrees", "loss", "count", "loss_count", "kl_other", "agrees_other", "other_count")
-# Statistics of a row, after the distances and output changes at every kappa.
-_TIES, _TOTAL, _GAP, _TAUS = 0, 1, 2, 3
-_GAP_COUNT, _LENGTH, _N_ROWS = _TAUS + len(TAUS), _TAUS + len(TAUS) + 1, _TAUS + len(TAUS) + 2
+# States that hold a row for each sequence.
+_LISTS = ("heads", "streams", "uniform", "logits")
+_UNIFORM, _STREAMS, _LOGITS = Means(UNIFORM), Means(STREAMS), Means(LOGITS)
 
 
 class SaturationProbe(Probe):
@@ -60,8 +58,10 @@ class SaturationProbe(Probe):
 
     heads: list[Float[Tensor, "sequence slot layer head"]]
     streams: list[Float[Tensor, "sequence slot scale layer"]]
-    counts: list[Float[Tensor, "sequence slot"]]
+    uniform: list[Float[Tensor, "sequence slot"]]
     logits: list[Float[Tensor, "sequence slot scale"]]
+    # Of the pass that is being read.
+    _rows: Rows
 
     def __init__(
         self,
@@ -83,8 +83,10 @@ class SaturationProbe(Probe):
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("gaps", "totals", "within", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-        self._rows: Rows | None = None
+        self._heads = Means(of_heads(self.kappas))
+        # What waits for the rest of its layer's attention, and what the copies get in place of what was read last.
         self._held: dict[str, Tensor] = {}
+        self._changed: Tensor | None = None
         self._patterns: Callable[..., Tensor] | None = None
 
     def stacked(self, tokens: Tensor) -> Tensor:
@@ -113,21 +115,21 @@ class SaturationProbe(Probe):
     def _reader(self, name: str, watch: InputWatch) -> Callable[..., Any]:
         def hook(activation: Tensor, hook: Any) -> Tensor | None:
             with quietly(activation.device.type):
-                changed = self._take(name, activation.detach(), watch)
-            if changed is None or self.copies == 1:
+                self.update(name, activation.detach(), watch)
+            changed, self._changed = self._changed, None
+            if changed is None:
                 return None
             return torch.cat([activation[: len(activation) // self.copies], changed.to(activation.dtype)])
 
         return hook
 
-    def read(self, name: str, activation: Tensor, watch: InputWatch) -> None:
-        raise InputError(
-            "SaturationProbe changes what it compares, so it can't read a cache: use metaint.scan, or metaint.attach "
-            "around model(probe.stacked(tokens))."
-        )
-
-    def _take(self, name: str, activation: Tensor, watch: InputWatch) -> Tensor | None:
-        """Fold one activation of all copies; at `hook_z`, what the copies but the first get instead."""
+    def update(self, name: str, activation: Tensor, watch: InputWatch) -> None:
+        """Fold in one activation of all copies; at `hook_z`, make what the copies but the first get instead."""
+        if not watch.readers:  # a cache: no logits come, and nothing can be changed
+            raise InputError(
+                "SaturationProbe changes what it compares, so it can't read a cache: use metaint.scan, or "
+                "metaint.attach around model(probe.stacked(tokens))."
+            )
         if self.opens_pass(name, watch):
             self._begin(activation, watch)
         _, layer, *part = name.split(".")
@@ -138,17 +140,15 @@ class SaturationProbe(Probe):
             else:
                 query, key = (self._held.pop(name) for name in self._score_hooks)
                 pattern = self._patterns(int(layer), query, key, self._context.mask.repeat(self.copies, 1))
-            return self._read_attention(int(layer), pattern, value, activation)
-        if part[-1] == "hook_resid_post":
-            self.update(int(layer), activation)
+            self._changed = self._read_attention(int(layer), pattern, value, activation)
+        elif part[-1] == "hook_resid_post":
+            self._read_stream(int(layer), activation)
         else:
             self._held[part[-1]] = activation
-        return None
 
     def _begin(self, activation: Tensor, watch: InputWatch) -> None:
         """A forward pass starts: learn where its rows stand, and make room for its sequences."""
         first = activation[: len(activation) // self.copies]
-        assert self.shape is not None
         rows = Rows.of(first.flatten(2), watch, self.positions, self.seed, need_next=self.shape.causal)
         if rows.past:
             raise InputError(
@@ -161,14 +161,16 @@ class SaturationProbe(Probe):
         keys = torch.arange(queries, device=activation.device)
         tokens = keys.expand(batch, -1) if rows.tokens is None else rows.tokens
         self._context = Context(keys, rows.real, tokens, self.shape.causal)
-        new = {"dtype": precise(activation.device), "device": activation.device}
-        layers, n_heads, n_scales = self.shape.n_layers, self.shape.n_heads, len(self.kappas)
-        self.heads.append(torch.zeros(batch, 2 * n_scales + _N_ROWS, layers, n_heads, **new))
-        self.streams.append(torch.zeros(batch, 2, self.copies, layers, **new))
-        self.logits.append(torch.zeros(batch, len(_LOGIT_SLOTS), self.copies, **new))
+        new: dict[str, Any] = {"dtype": precise(activation.device), "device": activation.device}
+        layers, n_heads = self.shape.n_layers, self.shape.n_heads
+        self.heads.append(self._heads.room(batch, layers, n_heads, **new))
+        self.streams.append(_STREAMS.room(batch, self.copies, layers, **new))
+        self.logits.append(_LOGITS.room(batch, self.copies, **new))
+        self.uniform.append(_UNIFORM.room(batch, **new))
         counted, visible = self._context.counted, self._context.n_visible
-        known = [counted.sum(-1), (counted / visible).sum(-1), (counted * visible).sum(-1)]
-        self.counts.append(torch.stack([value.to(new["dtype"]) for value in known], 1))
+        _UNIFORM.of(self.uniform[-1], "queries")[:] = counted.sum(-1)
+        _UNIFORM.of(self.uniform[-1], "largest_weight")[:] = (counted / visible).sum(-1)
+        _UNIFORM.of(self.uniform[-1], "tied_keys_uniform")[:] = (counted * visible).sum(-1)
         if self.gaps.ndim == 0:
             self.gaps = torch.zeros(3, layers, n_heads, saturation.GAP_BINS, **new)
         self.tokens_seen = self.tokens_seen + rows.real.sum()
@@ -179,12 +181,16 @@ class SaturationProbe(Probe):
         """Fold the first copy's pattern; the output of the other copies' attention at their kappas."""
         batch = len(z) // self.copies
         dtype = torch.promote_types(pattern.dtype, torch.float32)
-        value = repeat_heads(value, pattern.shape[1], 2).to(dtype).transpose(1, 2)  # [copy batch, head, key, d_head]
-        shaped = z.unflatten(-1, (pattern.shape[1], -1)) if z.ndim == 3 else z
-        self._read_heads(layer, pattern[:batch], value[:batch], shaped[:batch].to(dtype))
+        value = repeat_heads(value, pattern.shape[1], 2).to(dtype)
+        value = rearrange(value, "sequence key head d_head -> sequence head key d_head")
+        by_head = z.unflatten(-1, (pattern.shape[1], -1)) if z.ndim == 3 else z
+        for b in range(batch):
+            own = by_head[b].to(dtype)
+            rows = HeadRows.read(pattern[b], value[b], own, self.kappas, self._context.causal, self.tau)
+            self._fold_heads(layer, b, rows.at(self._context.counted[b]))
         if not self.edited:
             return None
-        mixed = torch.empty_like(shaped[batch:], dtype=dtype)
+        mixed = torch.empty_like(by_head[batch:], dtype=dtype)
         for i in range(len(mixed)):
             kappas = (self.edited[i // batch],)
             for block in blocks(pattern[batch + i], self._context.causal, self.tau):
@@ -192,55 +198,40 @@ class SaturationProbe(Probe):
                 mixed[i, block.rows] = mix(weights, value[batch + i, :, : block.stop])[0].transpose(0, 1)
         return mixed.view_as(z[batch:])
 
-    def _read_heads(self, layer: int, pattern: Tensor, value: Tensor, z: Tensor) -> None:
-        """How far each head is from saturated, row by row, and what each kappa does to its output there."""
-        n_scales = len(self.kappas)
-        lengths = torch.linalg.vector_norm(z, dim=-1).transpose(1, 2)  # [batch, head, query]
-        for b, head_rows in enumerate(pattern):
-            found = torch.zeros(2 * n_scales + _N_ROWS, *head_rows.shape[:2], dtype=z.dtype, device=z.device)
-            rest = found[2 * n_scales :]
-            rest[_LENGTH] = lengths[b]
-            for block in blocks(head_rows, self._context.causal, self.tau):
-                row = block.rows
-                rest[: _TAUS + len(TAUS), :, row] = row_statistics(block.relative)
-                for i, weights in enumerate(saturation.powers(block.relative, self.kappas)):
-                    output, total = mix(weights, value[b, :, : block.stop])
-                    found[i, :, row] = 1 - rest[_TIES, :, row] / total
-                    change = output - z[b, row].transpose(0, 1)
-                    found[n_scales + i, :, row] = torch.linalg.vector_norm(change, dim=-1)
-            self._fold_heads(layer, b, found)
-
-    def _fold_heads(self, layer: int, b: int, found: Float[Tensor, "slot head query"]) -> None:
-        """Add what was found of one sequence's rows, once all of it is known to be finite."""
-        n_scales = len(self.kappas)
-        if 1.0 in self.kappas:
-            found[n_scales + self.kappas.index(1.0)] = 0  # its own attention, up to rounding
-        found = found[:, :, self._context.counted[b]]
-        rest = found[2 * n_scales :]
-        if not bool((rest[_TOTAL] > 0).all() & found[:n_scales].isfinite().all()):
+    def _fold_heads(self, layer: int, b: int, rows: HeadRows) -> None:
+        """Add what was read of one sequence's rows, once all of it is known to be finite."""
+        if not rows.is_finite():
             raise ActivationError(
                 f"blocks.{layer}.attn.hook_pattern holds NaN or infinity: the weights or the activations before it "
                 "overflow (try a wider dtype), or a sequence has no visible key."
             )
-        odds = (rest[_TOTAL] - rest[_TIES]) / rest[_TIES]
-        bins = saturation.gap_bin(rest[_GAP])
-        for slot, of_row in enumerate((torch.ones_like(odds), odds, 1 / rest[_TIES])):
-            self.gaps[slot, layer].scatter_add_(-1, bins, of_row.to(self.gaps.dtype))
-        finite = rest[_GAP].isfinite()
-        rest[_GAP].masked_fill_(~finite, 0)
-        rest[_GAP_COUNT] = finite.to(found.dtype)
-        rest[_TOTAL] = 1 - 1 / rest[_TOTAL]
-        self.heads[-1][b, :, layer] = found.sum(-1, dtype=self.gaps.dtype)
+        full, one = self.gaps.dtype, torch.ones_like(rows.total)
+        odds = (rows.total - rows.ties) / rows.ties
+        bins = saturation.gap_bin(rows.gap)
+        for slot, of_row in enumerate((one, odds, 1 / rows.ties)):
+            self.gaps[slot, layer].scatter_add_(-1, bins, of_row.to(full))
+        has_gap = rows.gap.isfinite()
+        added = {
+            "total_variation": rows.variation,
+            "output_change": rows.change,
+            "off_maximum": 1 - 1 / rows.total,
+            "tied_keys": rows.tied,
+            "gap": rows.gap.where(has_gap, 0),
+            "gaps": has_gap,
+            "length": rows.length,
+            "queries": one,
+        }
+        for name, values in added.items():
+            sums = values.sum(-1, dtype=full)
+            self.heads[-1][b, self._heads.places[name], layer] = sums if values.ndim == 3 else sums[None]
 
     # ---- the stream and the logits ------------------------------------------------------------------------------
 
-    def update(self, layer: int, stream: Float[Tensor, "stack position d_model"]) -> None:
+    def _read_stream(self, layer: int, stream: Float[Tensor, "stack position d_model"]) -> None:
         """Compare the stream after one block between the first copy and each other."""
-        rows, full = self._rows, self.streams[-1].dtype
-        assert rows is not None
-        assert self.shape is not None
-        batch, counted = len(rows.real), self._context.counted
-        units = [self._directions(layer, part) for part in stream.split(batch)]
+        rows, state = self._rows, self.streams[-1]
+        full, counted = state.dtype, self._context.counted
+        units = [self._directions(layer, part) for part in stream.split(len(rows.real))]
         first = rows.real & (rows.position == 0)
         sums = [(unit * counted[..., None]).sum(1, dtype=full) for unit in units]
         if self.totals.ndim == 0:
@@ -249,15 +240,15 @@ class SaturationProbe(Probe):
             self.within = torch.zeros(*size, **new)
         for i, (unit, total) in enumerate(zip(units, sums, strict=True)):
             cosine = norms.dot(units[0], unit)
-            self.streams[-1][:, 0, i, layer] = (cosine * counted).sum(-1, dtype=full)
-            self.streams[-1][:, 1, i, layer] = (cosine * first).sum(-1, dtype=full)
+            added = {"similarity": cosine * counted, "similarity_first": cosine * first}
+            for name, values in {**added, "positions": counted, "firsts": first}.items():
+                _STREAMS.of(state, name)[:, i, layer] = values.sum(-1, dtype=full)
             self.totals[i, layer] += total.sum(0)
             self.within[i, layer] += (sums[0] * total).sum()
 
     def _directions(self, layer: int, stream: Tensor) -> Tensor:
         stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
         length = torch.linalg.vector_norm(stream, dim=-1, keepdim=True)
-        assert self._rows is not None
         if not bool(length[self._rows.real].isfinite().all()):
             raise ActivationError(
                 f"blocks.{layer}.hook_resid_post holds NaN or infinity: the weights or the activations before it "
@@ -267,89 +258,61 @@ class SaturationProbe(Probe):
 
     def _read_logits(self, logits: Tensor, watch: InputWatch) -> None:
         """Compare predictions at the sampled positions, one sequence at a time."""
+        if not self.logits:  # a pass that reached no hook of this probe
+            return
         rows = self._rows
-        if rows is None or len(logits) != self.copies * len(rows.real):
+        if len(logits) != self.copies * len(rows.real):
             return
         if logits.shape[1] != (rows.index if watch.gathered else rows.real).shape[1]:
             return
         with quietly(logits.device.type):
             for b in range(len(rows.real)):
                 places = rows.index[b, rows.sampled[b]]
-                if len(places):
-                    at = rows.sampled[b].nonzero().squeeze(-1) if watch.gathered else places
-                    copies = logits.detach()[b :: len(rows.real), at]
-                    target = None
-                    if rows.tokens is not None and self.shape is not None and self.shape.causal:
-                        target = rows.tokens[b, places + 1]
-                    self.logits[-1][b] = _compare_logits(copies, target, self.logits[-1])
+                if len(places) == 0:
+                    continue
+                at = rows.sampled[b].nonzero().squeeze(-1) if watch.gathered else places
+                copies = logits.detach()[b :: len(rows.real), at]
+                target = None
+                if rows.tokens is not None and self.shape.causal:
+                    target = rows.tokens[b, places + 1]
+                for name, sums in compare_logits(copies, target, self.logits[-1].dtype).items():
+                    _LOGITS.of(self.logits[-1], name)[b] = sums
 
     # ---- results ------------------------------------------------------------------------------------------------
 
-    def compute(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-        """Every variable of `/saturation` by name, with its dimensions."""
+    def compute(self) -> dict[str, Tensor]:
+        """Every variable of `/saturation` by name."""
         if len(self.heads) == 0:
             return {}
-        heads, streams, counts, logits = (dim_zero_cat(getattr(self, name)).cpu() for name in _LISTS)
-        return {**self._of_heads(heads, counts), **self._of_streams(streams, counts), **self._of_logits(logits)}
-
-    def _of_heads(self, heads: Tensor, counts: Tensor) -> Variables:
-        variation, change, rest = heads.split([len(self.kappas), len(self.kappas), _N_ROWS], 1)
-        low, high = bootstrap_interval(variation, counts[:, :1, None, None].expand_as(variation))
-        total, uniform = counts[:, 0].sum(), counts.sum(0) / counts[:, 0].sum()
-        each, grid, bins = ("layer", "head"), ("scale", "layer", "head"), ("layer", "head", "gap_bin")
-        histogram = self.gaps.cpu()
+        heads, streams, uniform, logits = (dim_zero_cat(getattr(self, name)).cpu() for name in _LISTS)
+        nulls = _LOGITS.compute(logits[:, :, 0])  # which are kept with the first copy
+        streams, logits = streams[:, :, self._order], logits[:, :, self._order]
         return {
-            "total_variation": (grid, variation.sum(0) / total),
-            "total_variation_low": (grid, low),
-            "total_variation_high": (grid, high),
-            "output_change": (grid, change.sum(0) / rest[:, _LENGTH].sum(0)),
-            "off_maximum": (each, rest[:, _TOTAL].sum(0) / total),
-            "off_maximum_uniform": ((), 1 - uniform[1]),
-            "tied_keys": (("tau", *each), rest[:, _TAUS : _TAUS + len(TAUS)].sum(0) / total),
-            "tied_keys_uniform": ((), uniform[2]),
-            "gap_mean": (each, rest[:, _GAP].sum(0) / rest[:, _GAP_COUNT].sum(0)),
-            "gap_count": (bins, histogram[0]),
-            "gap_odds": (bins, histogram[1]),
-            "gap_tied_share": (bins, histogram[2]),
+            **self._heads.compute(heads, "scale", *HEAD),
+            **self._heads.compute(heads, *HEAD),
+            **self._heads.compute(heads, "tau", *HEAD),
+            **_UNIFORM.compute(uniform),
+            **dict(zip(("gap_count", "gap_odds", "gap_tied_share"), self.gaps.cpu(), strict=True)),
+            **_STREAMS.compute(streams, *STREAM),
+            **self._similarity_beside(streams),
+            **_LOGITS.compute(logits, *SCALE),
+            **nulls,
         }
 
-    def _of_streams(self, streams: Tensor, counts: Tensor) -> Variables:
-        streams = streams[:, :, self._order]
-        count = counts[:, 0]
-        low, high = bootstrap_interval(streams[:, 0], count[:, None, None].expand_as(streams[:, 0]))
-        cosine, n = streams[:, 0].sum(0) / count.sum(), count.sum()
+    def _similarity_beside(self, streams: Float[Tensor, "sequence slot scale layer"]) -> dict[str, Tensor]:
+        """What the similarity is to be read beside: that of other tokens, and that without the mean directions."""
+        count = _STREAMS.of(streams, "positions")[:, 0, 0]
+        sums, n = _STREAMS.of(streams, "similarity"), count.sum()
         totals, within = self.totals.cpu(), self.within.cpu()[self._order]
         pairs = n.square() - count.square().sum()
         if len(streams) == 1:  # no other sequence: other positions of the same one
-            within, pairs = streams[:, 0].sum(0), n.square() - n
-        first, others = totals[:1].expand(len(self.kappas), -1, -1), totals[self._order]
-        found = {
-            "": cosine,
-            "_low": low,
-            "_high": high,
-            "_null": saturation.mismatched_cosine(first, others, within, pairs),
-            "_centred": saturation.centred_similarity(cosine, first / n, others / n),
-            "_first": streams[:, 1].sum(0) / len(streams),
+            within, pairs = sums.sum(0), n.square() - n
+        others = totals[self._order]
+        first = totals[:1].expand_as(others)
+        return {
+            "similarity_null": saturation.mismatched_cosine(first, others, within, pairs),
+            "similarity_centred": saturation.centred_similarity(sums.sum(0) / n, first / n, others / n),
         }
-        return {f"similarity{name}": (("scale", "layer"), value) for name, value in found.items()}
-
-    def _of_logits(self, logits: Tensor) -> Variables:
-        read = {name: logits[:, i] for i, name in enumerate(_LOGIT_SLOTS)}
-        change = read["loss"] - read["loss"][:, :1]
-        found: Variables = {}
-        for name, sums, counts in (
-            ("kl", read["kl"], read["count"]),
-            ("top1_agreement", read["agrees"], read["count"]),
-            ("loss_change", change, read["loss_count"]),
-        ):
-            sums, counts = sums[:, self._order], counts[:, self._order]
-            low, high = bootstrap_interval(sums, counts)
-            found[name] = (("scale",), sums.sum(0) / counts.sum(0))
-            found[f"{name}_low"], found[f"{name}_high"] = (("scale",), low), (("scale",), high)
-        others = read["other_count"][:, 0].sum()
-        found["kl_null"] = ((), read["kl_other"][:, 0].sum() / others)
-        found["top1_agreement_null"] = ((), read["agrees_other"][:, 0].sum() / others)
-        return found
 
     @property
     def _order(self) -> list[int]:
@@ -357,8 +320,8 @@ class SaturationProbe(Probe):
         return [0 if kappa == 1 else 1 + self.edited.index(kappa) for kappa in self.kappas]
 
     def to_dataset(self) -> xr.Dataset:
-        variables = self.compute()
-        if not variables or self.shape is None:
+        values = self.compute()
+        if not values:
             return xr.Dataset(attrs={"tokens_seen": 0, "sequences": 0})
         coords = {
             "scale": list(self.kappas),
@@ -367,57 +330,7 @@ class SaturationProbe(Probe):
             "tau": list(TAUS),
             "gap_bin": saturation.gap_edges()[:-1].numpy(),
         }
-        data = xr.Dataset({name: shaped(dims, value, coords) for name, (dims, value) in variables.items()}, coords)
-        for name, words in DESCRIPTIONS.items():
-            data[name].attrs["description"] = words
+        data = as_dataset(values, variables_of(self.kappas), coords)
         sequences = sum(len(block) for block in self.heads)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences, scaled="scores", tie=self.tau)
         return data
-
-
-def _compare_logits(
-    logits: Float[Tensor, "copy sample vocab"], target: Tensor | None, like: Tensor
-) -> Float[Tensor, "slot copy"]:
-    """Sums over one sequence's samples of every slot of `_LOGIT_SLOTS`; "other" is another position's prediction."""
-    found = torch.zeros(len(_LOGIT_SLOTS), len(logits), dtype=like.dtype, device=like.device)
-    slots = {name: found[i] for i, name in enumerate(_LOGIT_SLOTS)}
-    kind = torch.promote_types(logits.dtype, torch.float32)
-    mine = logits[0].to(kind).log_softmax(-1)
-    weights, best = mine.exp(), mine.argmax(-1)
-    for i, copy in enumerate(logits):
-        log_p = copy.to(kind).log_softmax(-1)
-        slots["kl"][i] = (weights * (mine - log_p)).sum() if i else 0.0
-        slots["agrees"][i] = (log_p.argmax(-1) == best).sum()
-        if target is not None:
-            slots["loss"][i] = -log_p.gather(1, target[:, None]).sum()
-            slots["loss_count"][i] = len(target)
-    slots["count"][:] = len(best)
-    if len(best) > 1:
-        slots["kl_other"][0] = (weights * (mine - mine.roll(1, 0))).sum()
-        slots["agrees_other"][0] = (best == best.roll(1, 0)).sum()
-        slots["other_count"][0] = len(best)
-    return found
-
-
-DESCRIPTIONS = {
-    "similarity": "mean cosine of the stream after each block with that at scores times scale, position 0 left out",
-    "similarity_null": "the same for a token of another sequence: what a collapsed stream scores anyway",
-    "similarity_centred": "correlation of the two streams' unit vectors: their mean directions taken out",
-    "similarity_first": "mean cosine at position 0, which in a causal model attends to itself at every scale",
-    "total_variation": "mean distance of attention at scores times scale to saturated attention, 0 to 1; of unscaled "
-    "inputs, so nothing propagates",
-    "output_change": "sum over queries of ||z at scale - z|| over the sum of ||z||, nothing propagated",
-    "off_maximum": "mean of 1 - the largest weight of a row",
-    "off_maximum_uniform": "what uniform attention scores on these tokens",
-    "tied_keys": "mean number of keys whose score is within tau of the largest",
-    "tied_keys_uniform": "what uniform attention has: every visible key",
-    "gap_mean": "mean gap between the largest score and the next, where another key has weight (at most 87)",
-    "gap_count": "queries in each log bin of the gap; the coordinate is the bin's lower edge",
-    "gap_odds": "sum over the same queries of (1 - m) / m, with m the weight on the tied largest scores",
-    "gap_tied_share": "sum over the same queries of 1 / (number of tied largest scores)",
-    "kl": "mean KL divergence of the predictions at scale from the model's own, in nats, at sampled positions",
-    "kl_null": "the same between predictions at two positions of a sequence",
-    "top1_agreement": "share of sampled positions where the most likely token stays the same",
-    "top1_agreement_null": "the same between two positions of a sequence",
-    "loss_change": "mean change of the next token's loss, in nats (NaN for a bidirectional model)",
-}

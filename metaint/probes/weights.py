@@ -1,6 +1,5 @@
 """`WeightProbe`: how long the parameters are, how the last step changed them, what each head's weights can do, and
-how much a head reads of what earlier ones write, in `/weights`. It hooks nothing: the weights are read when a model is
-attached to, and no pass need follow.
+how much a head reads of what earlier ones write, in `/weights`. It hooks nothing, and no pass need follow.
 """
 
 from collections.abc import Iterator
@@ -19,9 +18,8 @@ from metaint.models.audit import holds
 from metaint.models.describe import Shape, weight_processing
 from metaint.models.folded import folded_layers
 from metaint.models.heads import repeat_heads
-from metaint.models.inputs import InputWatch
 from metaint.models.parameters import own_parameters, place_of, quantised
-from metaint.probes.probe import Hook, Probe, quietly
+from metaint.probes.probe import Probe, quietly
 from metaint.scans.assemble import shaped
 
 PARTS = ("attention", "mlp", "norm")
@@ -88,13 +86,8 @@ class WeightProbe(Probe):
             _require_same(self._previous, parameters)
         self._trusted = {name: all(holds(model, check) for check in checks) for name, checks in _AUDITS.items()}
 
-    def hooks(self, model: Any, watch: InputWatch) -> list[Hook]:
-        hooks = super().hooks(model, watch)
-        self.update(model)
-        return hooks
-
-    def update(self, model: Any) -> None:
-        """Read a model that `prepare` has seen."""
+    def read_weights(self, model: Any) -> None:
+        """Read the parameters, in place of what was read of them before."""
         parameters = own_parameters(model)
         with quietly(next(iter(parameters.values())).device.type):
             scores = self._read_heads(model)
@@ -103,9 +96,9 @@ class WeightProbe(Probe):
         # The last reading takes the place of earlier ones: a model read twice is still one model.
         self.scores, self.places = [scores[None].to(self.device)], [places[None].to(self.device)]
         self.pairs = [] if pairs is None else [pairs[None].to(self.device)]
+        self._read_something()
 
     def _read_places(self, parameters: dict[str, Tensor]) -> Float[Tensor, "slot place"]:
-        assert self.shape is not None
         found = torch.zeros(5, len(PARTS) * self.shape.n_layers + len(_OUTSIDE), dtype=torch.float64)
         for name, parameter in parameters.items():
             place = _place_of(name, self.shape.n_layers)
@@ -123,7 +116,6 @@ class WeightProbe(Probe):
         return found
 
     def _read_heads(self, model: Any) -> Float[Tensor, "score layer head"]:
-        assert self.shape is not None
         n_layers, n_heads = self.shape.n_layers, self.shape.n_heads
         found = torch.full((len(_SCORES), n_layers, n_heads), torch.nan, dtype=torch.float64)
         slots = dict(zip(_SCORES, found, strict=True))
@@ -142,7 +134,6 @@ class WeightProbe(Probe):
         return found
 
     def _read_pairs(self, model: Any) -> Float[Tensor, "pair layer head layer_to head_to"] | None:
-        assert self.shape is not None
         n_layers, n_heads = self.shape.n_layers, self.shape.n_heads
         if n_layers * n_heads > MOST_HEADS:
             return None
@@ -162,7 +153,7 @@ class WeightProbe(Probe):
 
     def compute(self) -> Variables:
         """Every variable of `/weights` by name, with its dimensions."""
-        if len(self.places) == 0 or self.shape is None:
+        if len(self.places) == 0:
             return {}
         places, scores = _latest(self.places), _latest(self.scores)
         missing = places[_COUNT] == 0
@@ -187,7 +178,7 @@ class WeightProbe(Probe):
 
     def to_dataset(self) -> xr.Dataset:
         variables = self.compute()
-        if not variables or self.shape is None:
+        if not variables:
             return xr.Dataset(attrs={"tokens_seen": 0, "sequences": 0})
         coords: dict[str, Any] = {
             "layer": range(self.shape.n_layers),

@@ -18,8 +18,9 @@ from metaint.errors import InputError
 from metaint.measures import recurrence
 from metaint.models.describe import check_open, is_causal
 from metaint.models.reading import random_tokens, steady
+from metaint.probes.descents import tuned_descents
 from metaint.probes.probe import quietly
-from metaint.probes.recurrence import RecurrenceProbe, indices_of, tuned_descents
+from metaint.probes.recurrence import RecurrenceProbe, indices_of
 from metaint.scanning.scan import attach
 from metaint.scans.assemble import assemble
 
@@ -93,7 +94,7 @@ def recur(
                 predicted = predict(contexts)
             if index:
                 found, derive = _derive(derive, _holding(model, contexts) if held else predict, contexts, index)
-            probe.update(vectors[rows], matrices[rows], predicted, found, [i + 1 for i in index])
+            probe.read_predictions(vectors[rows], matrices[rows], predicted, found, [i + 1 for i in index])
     facts |= {"derivative": "backward" if derive is _backward else "forward", "fitted_sequences": fitted}
     facts |= {"task": "autoregressive", "d": vectors.shape[2], "vectors_shape": list(vectors.shape), "seed": seed}
     return assemble([probe], {**facts, "eta": float(descents["gradient_step"].eta[-1]), **(attributes or {})})

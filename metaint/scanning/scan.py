@@ -48,6 +48,8 @@ def _attached(model: Any, probes: Sequence[Probe], private: bool) -> Iterator[No
         raise InputError("probes is empty: pass one, such as metaint.HeadProbe().")
     for probe in probes:  # before anything watches: the audit runs passes of its own
         probe.prepare(model)
+    for probe in probes:
+        probe.read_weights(model)
     with watching(model) as watch:
         watch.private = private
         hooks = [hook for probe in probes for hook in probe.hooks(model, watch)]
@@ -93,7 +95,7 @@ def scan(
     wanted = "logits" if any(probe.reads_logits for probe in probes) else None
     with steady(model), _attached(model, probes, private=True):
         # A probe of the weights alone needs no pass.
-        hooked = any(probe.shape and probe.hook_names(probe.shape) for probe in probes)
+        hooked = any(probe.hook_names(probe.shape) for probe in probes)
         for start in tqdm(starts if hooked else (), desc="scan", disable=not progress, leave=False):
             rows = slice(start, start + size)
             padding = {} if given.mask is None else {"attention_mask": given.mask[rows].repeat(copies, 1)}
@@ -153,7 +155,6 @@ def read_cache(
     watch.begin(tokens, attention_mask)
     for probe in probes:
         probe.prepare(cache.model)
-        assert probe.shape is not None
         for name in probe.hook_names(probe.shape):
             if name not in cache:
                 raise InputError(
@@ -164,5 +165,5 @@ def read_cache(
             if not cache.has_batch_dim:
                 activation = activation[None]
             with quietly(activation.device.type):
-                probe.read(name, activation.detach(), watch)
+                probe.update(name, activation.detach(), watch)
     return assemble(probes, attributes)

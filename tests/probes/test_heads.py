@@ -61,32 +61,9 @@ def test_every_architecture_equals_plain_python(any_model):
         assert heads[name][layer, head] == pytest.approx(sum(rows) / len(rows), rel=1e-4, abs=1e-5), name
 
 
-def test_batches_of_any_size_give_the_same_scan(gpt2, repeated, repeated_scan):
-    for size in (1, 4):
-        assert_same(metaint.scan(gpt2, repeated, batch_size=size), repeated_scan)
-
-
-def test_merged_halves_equal_the_whole(gpt2, repeated, repeated_scan):
-    first, second = metaint.HeadProbe(), metaint.HeadProbe()
-    metaint.scan(gpt2, repeated[:2], [first])
-    metaint.scan(gpt2, repeated[2:], [second])
-    first.merge_state(second)
-    assert_same(first.to_scan(), repeated_scan)
-
-
-def test_a_probe_can_go_to_another_process_and_come_back(gpt2, repeated, repeated_scan):
+def test_measures_are_the_same_functions_in_another_process():
     probe = pickle.loads(pickle.dumps(metaint.HeadProbe()))
     assert all(ours is theirs for ours, theirs in zip(metaint.HeadProbe().measures, probe.measures, strict=True))
-    with metaint.attach(gpt2, probe):
-        gpt2(repeated)
-    assert_same(pickle.loads(pickle.dumps(probe)).to_scan(), repeated_scan)
-
-
-def test_a_probe_starts_again_after_reset(gpt2, repeated, repeated_scan):
-    probe = metaint.HeadProbe()
-    metaint.scan(gpt2, repeated.flip(-1), [probe])
-    probe.reset()
-    assert_same(metaint.scan(gpt2, repeated, [probe]), repeated_scan)
 
 
 def test_attach_learns_the_tokens_of_the_owners_passes(gpt2, repeated, repeated_scan):
@@ -109,12 +86,7 @@ def test_hooks_of_one_s_own_run(gpt2, repeated, repeated_scan):
             metaint.HeadProbe().fwd_hooks(gpt2)
 
 
-def test_cache_read_after_the_fact(gpt2, repeated, repeated_scan):
-    _, cache = gpt2.run_with_cache(repeated)
-    before = {name: value.clone() for name, value in cache.items() if torch.is_tensor(value)}
-    assert_same(metaint.read_cache(cache, repeated), repeated_scan)
-    for name, value in before.items():
-        torch.testing.assert_close(cache[name], value, rtol=0, atol=0, equal_nan=True)
+def test_a_cache_without_its_batch_dimension(gpt2, repeated):
     _, single = gpt2.run_with_cache(repeated[0], remove_batch_dim=True)
     assert_same(metaint.read_cache(single, repeated[0]), metaint.scan(gpt2, repeated[:1]))
 
@@ -150,18 +122,6 @@ def test_attaching_in_the_midst_of_a_generation_is_refused(gpt2):
     hooks[start](torch.ones(1, 1, dtype=torch.long), None)
     with pytest.raises(InputError, match="continues 4 cached positions whose tokens were never seen"):
         hooks["blocks.0.attn.hook_pattern"](torch.full((1, 4, 1, 5), 0.2), None)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_count(any_model, side):
-    tokens = random_tokens(any_model, 3, 16)
-    tokens[:, 8:] = tokens[:, :8]
-    pad = torch.full((3, 5), 1)
-    ones, zeros = torch.ones(3, 16, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)
-    order = (pad, tokens) if side == "left" else (tokens, pad)
-    masks = (zeros, ones) if side == "left" else (ones, zeros)
-    padded = metaint.scan(any_model, torch.cat(order, 1), attention_mask=torch.cat(masks, 1))
-    assert_same(padded, metaint.scan(any_model, tokens), atol=2e-5)
 
 
 def test_a_model_fed_with_embeddings_has_no_matches(gpt2, repeated, repeated_scan):
@@ -234,42 +194,7 @@ def test_intervals_hold_the_score_and_shrink_with_sequences(gpt2, repeated_scan)
     assert metaint.scan(gpt2, random_tokens(gpt2, 1))["heads"]["entropy_low"].isnull().all()
 
 
-def hook_count(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
-
-
-def state_of(model):
-    flags = [m.training for m in model.modules()]
-    return hook_count(model), flags, torch.random.get_rng_state(), torch.is_grad_enabled()
-
-
-def assert_unchanged(model, before, parameters):
-    after = state_of(model)
-    assert after[0] == before[0]
-    assert after[1] == before[1]
-    assert torch.equal(after[2], before[2])
-    assert after[3] == before[3]
-    for name, value in model.state_dict().items():
-        if torch.is_tensor(value):
-            assert torch.equal(value, parameters[name]), name
-
-
-def test_a_scan_leaves_no_trace(any_model):
-    any_model.train()
-    any_model(random_tokens(any_model))  # a bridge wires hooks of its own in its first pass
-    parameters = {k: v.clone() for k, v in any_model.state_dict().items() if torch.is_tensor(v)}
-    before = state_of(any_model)
-    metaint.scan(any_model, random_tokens(any_model))
-    assert_unchanged(any_model, before, parameters)
-    any_model.eval()
-
-
-def test_an_exception_in_the_body_or_the_pass_leaves_no_trace(gpt2):
-    parameters = {k: v.clone() for k, v in gpt2.state_dict().items() if torch.is_tensor(v)}
-    before = state_of(gpt2)
-    with pytest.raises(ZeroDivisionError), metaint.attach(gpt2, metaint.HeadProbe()):
-        raise ZeroDivisionError
-
+def test_a_pass_that_the_owner_breaks_counts_where_it_came(gpt2):
     def fail(activation, hook):
         raise KeyError("the owner's own mistake")
 
@@ -277,20 +202,8 @@ def test_an_exception_in_the_body_or_the_pass_leaves_no_trace(gpt2):
         with pytest.raises(KeyError):
             gpt2.run_with_hooks(random_tokens(gpt2), fwd_hooks=[("blocks.1.hook_resid_pre", fail)])
         gpt2(random_tokens(gpt2))
-    assert_unchanged(gpt2, before, parameters)
     counts = probe.to_scan()["heads"]["entropy_count"]
     assert counts[0, 0] == 2 * counts[1, 0]  # the broken pass reached layer 0 alone
-
-
-def test_gradients_and_outputs_of_the_owner_are_untouched(gpt2):
-    tokens = random_tokens(gpt2)
-    wanted = gpt2(tokens, return_type="loss")
-    with metaint.attach(gpt2, metaint.HeadProbe()):
-        loss = gpt2(tokens, return_type="loss")
-    assert torch.equal(loss, wanted)
-    parameter = next(p for p in gpt2.parameters() if p.requires_grad)
-    left, right = (torch.autograd.grad(value, parameter)[0] for value in (loss, wanted))
-    torch.testing.assert_close(left, right)
 
 
 def test_passes_in_inference_mode_and_autocast_mix(gpt2, repeated, repeated_scan):

@@ -121,37 +121,11 @@ def test_recalls_are_those_of_memories(any_model):
     assert found.attrs["tokens_read"] == 30
 
 
-def test_halves_merged_equal_the_whole():
-    model = build(ATTENTION_ONLY)
-    tokens = torch.randint(4, 9, (6, 12), generator=torch.Generator().manual_seed(1))
-    whole, first, second = MemoryProbe(8), MemoryProbe(8), MemoryProbe(8)
-    for probe, part in ((whole, tokens), (first, tokens[:3]), (second, tokens[3:])):
-        with metaint.attach(model, probe):
-            model(part)
-    first.merge_state(second)
-    assert first.to_dataset().equals(whole.to_dataset())
-
-
-def test_a_model_is_left_as_it_was():
-    model = build(ATTENTION_ONLY).train()
-    before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.random.get_rng_state()
-    read(model, MemoryProbe(8, embedding="token"))
-    assert model.training
-    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert not any(point._forward_hooks for point in model.hook_dict.values())
-
-
 def test_many_heads_keep_no_pairs(monkeypatch):
     monkeypatch.setattr("metaint.probes.memory.MOST_HEADS", 7)
     found = read(build(ATTENTION_ONLY), MemoryProbe(8))
     assert "key_composition_recall" not in found
     assert bool(found["ov_recall"].notnull().all())
-
-
-def test_nothing_read_gives_an_empty_group():
-    assert len(MemoryProbe().to_dataset().data_vars) == 0
-    assert set(MemoryProbe(8).to_dataset().attrs) == {"tokens_read"}
 
 
 def test_a_model_without_token_embeddings_is_refused():

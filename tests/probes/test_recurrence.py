@@ -10,7 +10,8 @@ import torch
 import metaint
 from metaint.errors import ActivationError, InputError
 from metaint.measures import autoregression, recurrence
-from metaint.probes.recurrence import Descent, RecurrenceProbe, tuned_descents
+from metaint.probes.descents import Descent, tuned_descents
+from metaint.probes.recurrence import RecurrenceProbe
 from metaint.tasks import autoregressive
 from metaint.toys.linear_attention import gradient_step
 from tests.probes.test_inner import assert_same
@@ -33,10 +34,10 @@ def sample(process=REAL, batch=BATCH, seed=0):
     return autoregressive(kind, D, LENGTH, batch, dtype=dtype, noise=0.1, seed=seed)
 
 
-def feed(probe, vectors, matrices, predicted=None, found=None, positions=None):
+def feed(probe, vectors, matrices, predicted=None, effective=None, positions=None):
     with torch.no_grad(), metaint.attach(MODEL, probe):
         own = MODEL(vectors[:, :-1])
-    probe.update(vectors, matrices, own if predicted is None else predicted, found, positions)
+    probe.read_predictions(vectors, matrices, own if predicted is None else predicted, effective, positions)
     return probe
 
 
@@ -205,7 +206,7 @@ def test_only_the_last_pass_before_an_update_is_read():
     with torch.no_grad(), metaint.attach(MODEL, probe):
         MODEL(other[:, :3])
         predicted = MODEL(vectors[:, :-1])
-    probe.update(vectors, matrices, predicted)
+    probe.read_predictions(vectors, matrices, predicted)
     assert_same(probe.to_dataset(), feed(RecurrenceProbe(DESCENTS), vectors, matrices).to_dataset())
 
 
@@ -218,7 +219,7 @@ def test_the_contract_of_names():
         assert data[name].dims == ("position",)
     for name in to_one_step:
         one_step = data[f"reference_{name}"].sel(reference="gradient_step", drop=True)
-        np.testing.assert_array_equal(data[name], one_step)
+        np.testing.assert_allclose(data[name], one_step, rtol=1e-12)
     compared = (*(f"reference_{name}" for name in to_one_step), "effective_matrix_cosine")
     for name in (*compared, "effective_matrix_error", "effective_matrix_cosine_null", "eta"):
         assert data[name].dims == ("reference", "position")
@@ -277,17 +278,17 @@ def test_a_step_for_zeros_is_zero():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"matrices": torch.zeros(BATCH, D)}, "matrices is [12, 3]; give one W for each sequence, [12, 3, 3]."),
+        ({"matrices": torch.zeros(BATCH, D)}, "matrices is [12, 3]: give one W for each sequence, [12, 3, 3]."),
         (
             {"predicted": torch.zeros(BATCH, 4, D)},
-            "predicted is [12, 4, 3]; give a prediction for each context of vectors, [12, 5, 3].",
+            "predicted is [12, 4, 3]: give a prediction for each context of vectors, [12, 5, 3].",
         ),
-        ({"positions": (2, 2, 3)}, "positions is [2, 2, 3]; give lengths of contexts from 1 to 5, each once."),
-        ({"positions": (2, 3, 6)}, "positions is [2, 3, 6]; give lengths of contexts from 1 to 5, each once."),
+        ({"positions": (2, 2, 3)}, "positions is [2, 2, 3]: give lengths of contexts from 1 to 5, each once."),
+        ({"positions": (2, 3, 6)}, "positions is [2, 3, 6]: give lengths of contexts from 1 to 5, each once."),
     ],
 )
 def test_updates_that_do_not_fit_get_one_sentence(change, sentence):
-    names = ("vectors", "matrices", "predicted", "found", "positions")
+    names = ("vectors", "matrices", "predicted", "effective", "positions")
     given = dict(zip(names, anything(REAL), strict=True)) | change
     with pytest.raises(InputError) as error:
         feed(RecurrenceProbe(DESCENTS), **given)
@@ -297,24 +298,24 @@ def test_updates_that_do_not_fit_get_one_sentence(change, sentence):
 def test_what_was_not_read_is_said():
     vectors, matrices = sample()
     predicted = torch.zeros(BATCH, LENGTH - 1, D, dtype=torch.float64)
-    missing = r"^no pass on these vectors was read; run the model inside metaint\.attach, then update\.$"
+    missing = r"^no pass on these vectors was read: run the model inside metaint\.attach, then read_predictions\.$"
     with pytest.raises(InputError, match=missing):
-        RecurrenceProbe(DESCENTS).update(vectors, matrices, predicted)
+        RecurrenceProbe(DESCENTS).read_predictions(vectors, matrices, predicted)
     probe = feed(RecurrenceProbe(DESCENTS), vectors, matrices)
     with pytest.raises(InputError, match=missing):
-        probe.update(vectors, matrices, predicted)
-    with pytest.raises(InputError, match=r"^decode_at is 6, and the pass has 5 positions; give one of them\.$"):
+        probe.read_predictions(vectors, matrices, predicted)
+    with pytest.raises(InputError, match=r"^decode_at is 6, and the pass has 5 positions: give one of them\.$"):
         feed(RecurrenceProbe(DESCENTS, 6), vectors, matrices)
-    with pytest.raises(InputError, match=r"^decode_at is 0; give the length of a context, at least 1\.$"):
+    with pytest.raises(InputError, match=r"^decode_at is 0: give the length of a context, at least 1\.$"):
         RecurrenceProbe(DESCENTS, 0)
     with pytest.raises(
-        InputError, match=r"^descents isn't made for 4 contexts; give tuned_descents of such vectors\.$"
+        InputError, match=r"^descents isn't made for 4 contexts: give tuned_descents of such vectors\.$"
     ):
         feed(RecurrenceProbe(DESCENTS), vectors[:, :-1], matrices)
-    with pytest.raises(InputError, match=r"^vectors has 5 positions, and earlier ones had 6; give as many\.$"):
+    with pytest.raises(InputError, match=r"^vectors has 5 positions, and earlier ones had 6: give as many\.$"):
         feed(probe, vectors[:, :-1], matrices)
     with pytest.raises(
-        InputError, match=r"^vectors has 2 positions; give at least 3: a transition, and what comes next"
+        InputError, match=r"^vectors has 2 positions: give at least 3: a transition, and what comes next"
     ):
         tuned_descents(vectors[:, :2])
     with pytest.raises(

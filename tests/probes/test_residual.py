@@ -137,34 +137,6 @@ def test_the_final_norm_is_reported_apart(gpt2, repeated):
         assert residual_of(build(bare), repeated)["norm_final_mean"].isnull().all()
 
 
-def test_batches_halves_and_caches_give_the_same(gpt2, repeated):
-    whole = residual_of(gpt2, repeated, positions=16)
-    for size in (1, 4):
-        assert_same(residual_of(gpt2, repeated, positions=16, batch_size=size), whole)
-    halves = [metaint.ResidualProbe(16) for _ in range(2)]
-    for probe, part in zip(halves, repeated.split(3), strict=True):
-        metaint.scan(gpt2, part, [probe])
-    halves[0].merge_state(halves[1])
-    assert_same(halves[0].to_dataset(), whole)
-    empty = metaint.ResidualProbe(16)
-    empty.merge_state(halves[0])
-    assert_same(empty.to_dataset(), whole)
-    _, cache = gpt2.run_with_cache(repeated)
-    read = metaint.read_cache(cache, repeated, probes=[metaint.ResidualProbe(16)])
-    assert_same(read["residual"].to_dataset(), whole)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_count(any_model, side):
-    tokens = random_tokens(any_model, 3, 16)
-    pad, ones, zeros = (f(3, 5, dtype=torch.long) for f in (torch.ones, torch.ones, torch.zeros))
-    ones = torch.ones(3, 16, dtype=torch.long)
-    padded = torch.cat((pad, tokens) if side == "left" else (tokens, pad), 1)
-    mask = torch.cat((zeros, ones) if side == "left" else (ones, zeros), 1)
-    found = residual_of(any_model, padded, attention_mask=mask)
-    assert_same(found, residual_of(any_model, tokens), atol=1e-3)
-
-
 @pytest.mark.parametrize("kind", [k for k in ("hooked", "gpt2", "llama", "gemma2", "neox") if k in available_kinds()])
 def test_generation_with_a_cache_equals_the_whole_pass(kind):
     model = build(kind)

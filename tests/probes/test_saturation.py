@@ -165,40 +165,6 @@ def test_the_sweep_is_monotone_and_one_is_the_model_itself(gpt2, repeated):
     assert (found["similarity"] <= found["similarity_high"] + 1e-9).all()
 
 
-def test_batches_and_halves_give_the_same(gpt2, repeated):
-    whole = saturation_of(gpt2, repeated, positions=16)
-    assert_same(saturation_of(gpt2, repeated, positions=16, batch_size=100), whole)
-    halves = [metaint.SaturationProbe(KAPPAS, positions=16) for _ in range(2)]
-    for probe, part in zip(halves, repeated.split(3), strict=True):
-        metaint.scan(gpt2, part, [probe])
-    halves[0].merge_state(halves[1])
-    assert_same(halves[0].to_dataset(), whole)
-    empty = metaint.SaturationProbe(KAPPAS, positions=16)
-    empty.merge_state(halves[0])
-    assert_same(empty.to_dataset(), whole)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_count(any_model, side):
-    readable(any_model)
-    tokens = random_tokens(any_model, 3, 16)
-    pad, ones, zeros = (f(3, 5, dtype=torch.long) for f in (torch.ones, torch.ones, torch.zeros))
-    ones = torch.ones(3, 16, dtype=torch.long)
-    padded = torch.cat((pad, tokens) if side == "left" else (tokens, pad), 1)
-    mask = torch.cat((zeros, ones) if side == "left" else (ones, zeros), 1)
-    found = saturation_of(any_model, padded, attention_mask=mask)
-    assert_same(found, saturation_of(any_model, tokens), atol=2e-3)
-
-
-def test_other_probes_read_the_first_copy(gpt2, repeated):
-    probes = [metaint.HeadProbe(), metaint.ResidualProbe(), metaint.InnerProbe()]
-    apart = metaint.scan(gpt2, repeated, probes)
-    together = metaint.scan(gpt2, repeated, [*(type(p)() for p in probes), metaint.SaturationProbe(KAPPAS)])
-    for group in ("heads", "residual", "inner"):
-        numbers = [n for n, v in apart[group].data_vars.items() if v.dtype.kind in "fi"]
-        assert_same(together[group].to_dataset(), apart[group].to_dataset(), names=numbers, atol=1e-4)
-
-
 def test_one_sequence_has_its_own_other_positions_for_a_baseline(gpt2, repeated):
     found = saturation_of(gpt2, repeated[:1])
     a = torch.nn.functional.normalize(alone(gpt2, repeated[:1], 1)[0]["stream1"][0, 1:].double(), dim=-1)
@@ -220,20 +186,6 @@ def test_in_the_owners_own_passes(gpt2, repeated):
         gpt2(repeated)
     before = gpt2(repeated)
     torch.testing.assert_close(before, gpt2(repeated))  # nothing was left behind
-
-
-def test_gradients_of_the_first_copy_pass(gpt2, repeated):
-    probe = metaint.SaturationProbe((1, 2))
-    weight = gpt2.W_E
-    grads = []
-    for tokens, probes in ((repeated, ()), (probe.stacked(repeated), (probe,))):
-        if probes:
-            with metaint.attach(gpt2, *probes):
-                loss = gpt2(tokens)[: len(repeated)].square().mean()
-        else:
-            loss = gpt2(tokens).square().mean()
-        grads.append(torch.autograd.grad(loss, weight, allow_unused=True)[0])
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(

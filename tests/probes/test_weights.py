@@ -257,19 +257,6 @@ def test_a_reading_follows_each_attach_and_hooks_nothing(gpt2, repeated, monkeyp
     assert probe.hook_names(probe.shape) == []
 
 
-def test_no_trace_is_left():
-    model = build("gpt2") if "gpt2" in available_kinds() else build(NATIVE)
-    before = {name: p.detach().clone() for name, p in own_parameters(model).items()}
-    state = torch.get_rng_state()
-    read(model.train(), WeightProbe(compare=True))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training
-    for name, parameter in own_parameters(model).items():
-        assert torch.equal(parameter, before[name])
-        assert parameter.requires_grad
-        assert parameter.grad is None
-
-
 def test_a_copying_head_and_its_opposite():
     model = build(BARE)
     with torch.no_grad():
@@ -382,12 +369,6 @@ def test_the_contract_of_names(gpt2):
         assert found[name].dtype == ("float32" if name in PAIRS else "float64")
         assert found[name].attrs["description"]
     assert set(found) == set(weights.DESCRIPTIONS)
-
-
-def test_a_probe_that_read_nothing_is_empty():
-    found = WeightProbe().to_scan()["weights"]
-    assert not found.data_vars
-    assert (found.attrs["tokens_seen"], found.attrs["sequences"]) == (0, 0)
 
 
 def test_folded_weights_are_refused():

@@ -372,7 +372,7 @@ def test_what_is_no_sequence_is_said():
     )
     refused("batch_size is 0; give at least 1.", model, vectors, matrices, batch_size=0)
     refused(
-        "positions is [2, 7]; give lengths of contexts from 1 to 6, each once.",
+        "positions is [2, 7]: give lengths of contexts from 1 to 6, each once.",
         model,
         vectors,
         matrices,
