@@ -35,18 +35,24 @@ class Memories:
 
     `tokens` are ids, or how many of the model's ordinary ones to draw by `seed` (all, where there are no more).
     `embedding` stands for a token in the stream: "token" its embedding, or "mlp0" what block 0 makes of it with its
-    attention off, which says more of models whose first MLP rewrites tokens (GPT-2). Without gradients, and no trace
-    left. Raises InputError for tokens out of range, Unavailable (on reading) where weights are not what a head does.
+    attention off, which says more of models whose first MLP rewrites tokens (GPT-2). `layers` are the folded weights
+    of every layer, where they are at hand. Without gradients, and no trace left. Raises InputError for tokens out of
+    range, Unavailable (on reading) where weights are not what a head does.
     """
 
     def __init__(
-        self, model: Any, tokens: int | Sequence[int] = TOKENS, embedding: Embedding = "token", seed: int = 0
+        self,
+        model: Any,
+        tokens: int | Sequence[int] = TOKENS,
+        embedding: Embedding = "token",
+        seed: int = 0,
+        layers: Sequence[FoldedWeights] = (),
     ) -> None:
         if embedding not in ("token", "mlp0"):
             raise InputError(f'embedding is {embedding!r}: choose "token" or "mlp0".')
         self.model, self.embedding = model, embedding
         self.tokens = _chosen(model, tokens, seed)
-        self._layers: list[FoldedWeights] = []
+        self._layers = list(layers)
 
     @property
     def layers(self) -> list[FoldedWeights]:
