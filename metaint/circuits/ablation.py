@@ -17,8 +17,9 @@ from metaint.circuits.experiment import interval, run, set_up
 from metaint.circuits.metrics import MetricFunction
 from metaint.circuits.parts import Named, chosen_parts, named_sets
 from metaint.circuits.scan_metrics import ScanMetric
+from metaint.circuits.subject import subject_of
 from metaint.models.audit import require
-from metaint.models.describe import check_open, facts_of
+from metaint.models.describe import Shape
 
 # A mean and the interval around it.
 _ENDS = ("", "_low", "_high")
@@ -73,37 +74,39 @@ def ablate(
     `attrs["ablated_positions"]` are the positions, or "all"; `attrs["passes"]` tells whether layers below an ablated
     part were run once for all, or why not: hooks that are on the model stay on, and see whole passes.
 
-    Raises InputError for tokens, parts, positions or a metric that can't be used, a bidirectional model with a metric
+    Raises InputError for tokens, parts, positions or a metric that cannot be used, a bidirectional model with a metric
     of next tokens among them; HookAuditError where edits at hook_z or hook_mlp_out have no effect, or patterns and
-    values don't make z.
+    values do not make z.
 
     >>> import metaint, torch
     >>> from metaint.toys.small import small_transformer
     >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
     >>> sink = metaint.scan_metric("first_token", layers=[1])
-    >>> found = metaint.ablate(model, torch.arange(20).view(2, 10), ["mlp 0", "0.1"], metric=sink, positions=[0])
-    >>> found["mlp_effect"].dims, found["effect"].dims, found.attrs["ablated_positions"]
+    >>> tokens = torch.arange(20).view(2, 10)
+    >>> effects = metaint.ablate(model, tokens, ["mlp 0", "0.1"], metric=sink, positions=[0])
+    >>> effects["mlp_effect"].dims, effects["effect"].dims, effects.attrs["ablated_positions"]
     (('layer',), ('layer', 'head'), [0])
     """
-    check_open(model)
-    chosen, named = chosen_parts(model, parts, sets), named_sets(model, sets)
+    subject = subject_of(model)
+    shape = subject.shape
+    chosen, named = chosen_parts(shape, parts, sets), named_sets(shape, sets)
     options = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    experiment = set_up(model, tokens, how, metric, positions=positions, **options)
-    together = [*(part.parts(model) for part in chosen), *named.values()]
+    experiment = set_up(subject, tokens, how, metric, positions=positions, **options)
+    together = [*(part.parts(shape) for part in chosen), *named.values()]
     if any(head is None for parts_of_one in together for _, head in parts_of_one):
         require(model, ["edit_mlp"])
     values = run(experiment, together)
     changes = torch.cat([values[:1], values[1:] - values[:1]])
     clean, *effects = interval(changes * experiment.weights, over=experiment.weights[None])
-    variables: dict[str, Any] = {f"clean{end}": value for end, value in zip(_ENDS, clean, strict=True)}
-    variables |= _by_part(model, chosen, effects)
-    coords: dict[str, Any] = {"layer": range(int(model.cfg.n_layers)), "head": range(int(model.cfg.n_heads))}
+    variables = {**_with_ends("clean", (), clean), **_by_part(shape, chosen, effects)}
+    coords: dict[str, Any] = {"layer": subject.layers, "head": range(shape.n_heads)}
     if named:
         coords["set"] = list(named)
-        of_sets = np.transpose(effects[len(chosen) :])
-        variables |= {f"set_effect{end}": (("set",), value) for end, value in zip(_ENDS, of_sets, strict=True)}
-    at = "all" if experiment.at is None else experiment.at.nonzero().flatten().tolist()
-    data = xr.Dataset(variables, coords, {**facts_of(model), **experiment.facts, "ablated_positions": at})
+        variables |= _with_ends("set_effect", ("set",), np.transpose(effects[len(chosen) :]))
+    data = xr.Dataset(variables, coords, {**subject.facts, **experiment.facts})
+    data.attrs["ablated_positions"] = "all"
+    if experiment.at is not None:
+        data.attrs["ablated_positions"] = experiment.at.nonzero().flatten().tolist()
     for name, part in (*_VARIABLES.values(), ("set_effect", "all parts of the set")):
         if name in data:
             data[name].attrs["description"] = f"{experiment.metric.name} with {part} ablated ({how}), minus without"
@@ -111,11 +114,18 @@ def ablate(
     return data
 
 
-def _by_part(model: Any, chosen: Sequence[Named], effects: Sequence[np.ndarray]) -> dict[str, Any]:
+def _with_ends(name: str, dims: tuple[str, ...], values: np.ndarray) -> dict[str, Any]:
+    """A mean and the ends of its interval as three variables."""
+    return {f"{name}{end}": (dims, value) for end, value in zip(_ENDS, values, strict=True)}
+
+
+def _by_part(shape: Shape, chosen: Sequence[Named], effects: Sequence[np.ndarray]) -> dict[str, Any]:
     """The effects of single parts as variables, NaN for those not asked for: of heads always, else where there are."""
-    layers, heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    shapes = {"head": (3, layers, heads), "mlp": (3, layers), "attn": (3, layers)}
-    values: dict[str, Any] = {kind: np.full(shape, np.nan) for kind, shape in shapes.items()}
+    dims = {"head": ("layer", "head"), "mlp": ("layer",), "attn": ("layer",)}
+    sizes = {"layer": shape.n_layers, "head": shape.n_heads}
+    values: dict[str, np.ndarray] = {}
+    for kind, names in dims.items():
+        values[kind] = np.full((len(_ENDS), *(sizes[name] for name in names)), np.nan)
     for part, effect in zip(chosen, effects, strict=False):
         place = (part.layer,) if part.head is None else (part.layer, part.head)
         values[part.kind][(slice(None), *place)] = effect
@@ -123,6 +133,5 @@ def _by_part(model: Any, chosen: Sequence[Named], effects: Sequence[np.ndarray])
     variables: dict[str, Any] = {}
     for kind, (name, _) in _VARIABLES.items():
         if kind in asked:
-            dims = ("layer", "head") if kind == "head" else ("layer",)
-            variables |= {f"{name}{end}": (dims, value) for end, value in zip(_ENDS, values[kind], strict=True)}
+            variables |= _with_ends(name, dims[kind], values[kind])
     return variables

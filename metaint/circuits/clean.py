@@ -1,6 +1,6 @@
 """One pass of a model as it is, and what a pass that begins in the middle takes from it.
 
-In: a model and a batch. Out: `Clean`, with the stream before every block, hook_z and what attention gives; and logits
+In: a subject and a batch. Out: `Clean`, with the stream before every block, hook_z and what attention gives; and logits
 at chosen positions, made nowhere else.
 """
 
@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaint.circuits.scan_metrics import Reader
+from metaint.circuits.subject import Subject
 from metaint.models.reading import widen
-from metaint.models.readout import readout_of
 
 Hook = tuple[str, Callable[..., Any]]
 
@@ -30,6 +31,7 @@ class Clean:
     patterns, by `reader`, `scores` are what it read in each layer.
     """
 
+    subject: Subject
     tokens: Int[Tensor, "batch position"]
     places: Bool[Tensor, "batch position"] | None
     streams: dict[int, Float[Tensor, "batch position d_model"]] = field(default_factory=dict)
@@ -39,7 +41,8 @@ class Clean:
     patterns: dict[int, Float[Tensor, "batch head query key"]] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
     # How many values a block and its attention give, 0 for a tensor that is no tuple.
-    shapes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    block_items: dict[int, int] = field(default_factory=dict)
+    attention_items: dict[int, int] = field(default_factory=dict)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     reader: Reader | None = None
     scores: dict[int, Float[Tensor, "batch head"]] = field(default_factory=dict)
@@ -51,7 +54,7 @@ class Clean:
 
 
 def clean_pass(
-    model: Any,
+    subject: Subject,
     tokens: Int[Tensor, "batch position"],
     places: Bool[Tensor, "batch position"] | None,
     *,
@@ -61,27 +64,26 @@ def clean_pass(
     reader: Reader | None = None,
 ) -> Clean:
     """The model's own pass; with `mlps` what MLPs write, with `patterns` the patterns, and hooks named in `also`."""
-    found = Clean(tokens, places, reader=reader)
-    kept = {"attn.hook_z": found.z}
-    kept |= {"hook_mlp_out": found.mlp} if mlps else {}
-    kept |= {"attn.hook_pattern": found.patterns} if patterns else {}
-    hooks = [
-        (f"blocks.{layer}.{name}", partial(keep_copy if slot is found.mlp else keep, slot=slot, key=layer))
-        for layer in range(int(model.cfg.n_layers))
-        for name, slot in kept.items()
-    ]
-    hooks += [(name, partial(keep, slot=found.read, key=name)) for name in also]
+    clean = Clean(subject, tokens, places, reader=reader)
+    hooks: list[Hook] = []
+    for layer in subject.layers:
+        hooks.append((f"blocks.{layer}.attn.hook_z", partial(keep, slot=clean.z, key=layer)))
+        if mlps:
+            hooks.append((f"blocks.{layer}.hook_mlp_out", partial(keep_copy, slot=clean.mlp, key=layer)))
+        if patterns:
+            hooks.append((f"blocks.{layer}.attn.hook_pattern", partial(keep, slot=clean.patterns, key=layer)))
+    hooks += [(name, partial(keep, slot=clean.read, key=name)) for name in also]
     if reader is not None:
-        hooks += reader.hooks(range(len(model.blocks)), [found.scores])
+        hooks += reader.hooks(subject.layers, [clean.scores])
     with ExitStack() as stack:
-        for layer, block in enumerate(model.blocks):
-            stack.callback(block.register_forward_pre_hook(partial(_keep_input, found, layer), with_kwargs=True).remove)
-            last = layer == len(model.blocks) - 1
-            stack.callback(block.register_forward_hook(partial(_keep_output, found, layer, last)).remove)
+        for layer, block in enumerate(subject.model.blocks):
+            keep_input, keep_output = partial(_keep_input, clean, layer), partial(_keep_output, clean, layer)
+            stack.callback(block.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(keep_output).remove)
             if hasattr(block, "attn"):
-                stack.callback(block.attn.register_forward_hook(partial(_keep_attention, found, layer)).remove)
-        found.logits = logits_of(model, tokens, places, hooks)
-    return found
+                stack.callback(block.attn.register_forward_hook(partial(_keep_attention, clean, layer)).remove)
+        clean.logits = logits_of(subject.model, tokens, places, hooks)
+    return clean
 
 
 def logits_of(model: Any, tokens: Tensor, places: Tensor | None, hooks: list[Hook]) -> Tensor:
@@ -109,15 +111,10 @@ def logits_of(model: Any, tokens: Tensor, places: Tensor | None, hooks: list[Hoo
     return logits[0] if gathered else logits[places]
 
 
-def read_out(model: Any, streams: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest vocab"]:
+def read_out(subject: Subject, streams: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest vocab"]:
     """The logits of last streams, in at least float32, as the audit's `unembedding` has it."""
-    return readout_of(model).logits(widen(streams).flatten(0, -2)).unflatten(0, streams.shape[:-1])
-
-
-def output_weights(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    """W_O of a layer: the module's own where it has one, since a bridge makes the stack of all layers anew."""
-    own = getattr(model.blocks[layer].attn, "W_O", None)
-    return (own if isinstance(own, Tensor) and own.ndim == 3 else model.W_O[layer]).detach()
+    rows = rearrange(widen(streams), "... d_model -> (...) d_model")
+    return subject.readout.logits(rows).unflatten(0, streams.shape[:-1])
 
 
 def first_input(args: tuple, kwargs: dict) -> tuple[str | None, Any]:
@@ -139,16 +136,14 @@ def _keep_input(clean: Clean, layer: int, block: Any, args: tuple, kwargs: dict)
     clean.streams[layer] = first_input(args, kwargs)[1].detach().clone()
 
 
-def _keep_output(clean: Clean, layer: int, last: bool, block: Any, args: tuple, output: Any) -> None:
-    first, items = _unpacked(output)
-    clean.shapes[layer] = (items, clean.shapes.get(layer, (0, 0))[1])
-    if last:  # what any other gives, the next one reads
+def _keep_output(clean: Clean, layer: int, block: Any, args: tuple, output: Any) -> None:
+    first, clean.block_items[layer] = _unpacked(output)
+    if layer == clean.subject.layers[-1]:  # what any other gives, the next one reads
         clean.streams[layer + 1] = first.detach().clone()
 
 
 def _keep_attention(clean: Clean, layer: int, attention: Any, args: tuple, output: Any) -> None:
-    first, items = _unpacked(output)
-    clean.shapes[layer] = (0, items)
+    first, clean.attention_items[layer] = _unpacked(output)
     clean.attention[layer] = first.detach().clone()
 
 

@@ -1,6 +1,6 @@
 """Everything that stays the same while parts of a model are taken out, and passes with parts taken out.
 
-In: a model, tokens, what stands in for a part, a metric. Out: the metric of each sequence, for each set of parts.
+In: a subject, tokens, what stands in for a part, a metric. Out: the metric of each sequence, for each set of parts.
 """
 
 import math
@@ -18,13 +18,15 @@ from tqdm.auto import tqdm
 from metaint.circuits.clean import Clean, clean_pass
 from metaint.circuits.metrics import Metric, MetricFunction, metric_of, places_of, values_of
 from metaint.circuits.parts import Part
-from metaint.circuits.passes import Variant, outcomes
+from metaint.circuits.passes import outcomes
 from metaint.circuits.scan_metrics import Patterns, ScanMetric
+from metaint.circuits.stand import Stand, means_of
+from metaint.circuits.subject import Subject
 from metaint.circuits.trial import begins_anywhere
+from metaint.circuits.variants import Variant
 from metaint.errors import InputError
 from metaint.measures.resampling import bootstrap_interval
 from metaint.models.audit import require
-from metaint.models.describe import is_causal
 from metaint.models.reading import steady
 from metaint.probes.heads import HeadProbe
 from metaint.scanning.given import given_inputs
@@ -38,11 +40,12 @@ TOKENS = 4096
 class Experiment:
     """Everything that stays the same while parts of a model are taken out.
 
-    `patterns` is what is read where the metric is a variable of a scan; `weights` is what each sequence counts in a
-    mean; `at` is True at the positions where parts are taken out, None for all.
+    `whole_passes` tells why passes do not begin in the middle of the model, "" where they do; `patterns` is what is
+    read where the metric is a variable of a scan; `weights` is what each sequence counts in a mean; `at` is True at the
+    positions where parts are taken out, None for all; `donors` is for each sequence the one it is resampled from.
     """
 
-    model: Any
+    subject: Subject
     tokens: Int[Tensor, "batch position"]
     how: str
     metric: Metric
@@ -58,8 +61,11 @@ class Experiment:
     means: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
 
+# ---- setting up --------------------------------------------------------------------------------------------------
+
+
 def set_up(
-    model: Any,
+    subject: Subject,
     tokens: Tensor | str | None,
     how: str,
     metric: str | MetricFunction | ScanMetric,
@@ -73,31 +79,41 @@ def set_up(
     if how not in HOW:
         raise InputError(f"how is {how!r}: choose one of {', '.join(HOW)}.")
     chosen = metric_of(metric)
-    patterns = Patterns(metric, model) if isinstance(metric, ScanMetric) else None
-    if patterns is not None and how == "pattern_preserving":
-        raise InputError(
-            f"how is 'pattern_preserving', and metric is {chosen.name!r}, read from the patterns that it keeps as they "
-            "were: choose zero, mean or resample."
-        )
-    if patterns is None and chosen.where is not None and not is_causal(model):
-        raise InputError(
-            f"model attends in both directions, and metric is {chosen.name!r}, a prediction of the next token: give a "
-            "causal model, or a metric of your own."
-        )
+    patterns = Patterns(metric, subject) if isinstance(metric, ScanMetric) else None
+    _check_metric(subject, how, chosen, patterns)
+    model = subject.model
     given = given_inputs(model, tokens, batch_size=batch_size, seed=seed)
     tokens = given.tokens
     at = None if positions is None else _marked(positions, tokens.shape[1])
-    batch_size = max(1, TOKENS // tokens.shape[1]) if batch_size is None else batch_size
+    if batch_size is None:
+        batch_size = max(1, TOKENS // tokens.shape[1])
     counted, weights = _counted(chosen, patterns, tokens, batch_size)
-    donors = _cycle(len(tokens), seed) if how == "resample" else None
-    require(model, ["edit_z", *(("value_mix", "pattern_fires") if how == "pattern_preserving" else ())])
-    require(model, () if patterns is None else HeadProbe.audits)
-    why = begins_anywhere(model, progress)
-    found = Experiment(model, tokens, how, chosen, batch_size, why, weights, patterns, at, donors, progress)
-    found.facts = {"metric": chosen.name, "how": how, "task": given.task, "seed": seed, "sequences": len(tokens)}
-    found.facts["positions"] = counted
-    found.facts["passes"] = f"whole ({why})" if why else "from the ablated layer"
-    return found
+    donors = cycle(len(tokens), seed) if how == "resample" else None
+    require(model, ["edit_z"])
+    if how == "pattern_preserving":
+        require(model, ["value_mix", "pattern_fires"])
+    if patterns is not None:
+        require(model, HeadProbe.audits)
+    why = begins_anywhere(subject, progress)
+    experiment = Experiment(subject, tokens, how, chosen, batch_size, why, weights, patterns, at, donors, progress)
+    experiment.facts = {"metric": chosen.name, "how": how, "task": given.task, "seed": seed, "sequences": len(tokens)}
+    experiment.facts["positions"] = counted
+    experiment.facts["passes"] = f"whole ({why})" if why else "from the ablated layer"
+    return experiment
+
+
+def _check_metric(subject: Subject, how: str, metric: Metric, patterns: Patterns | None) -> None:
+    """InputError for a metric that this model, or this way of ablating, does not have."""
+    if patterns is not None and how == "pattern_preserving":
+        raise InputError(
+            f"how is 'pattern_preserving', and metric is {metric.name!r}, read from the patterns that it keeps as they "
+            "were: choose zero, mean or resample."
+        )
+    if patterns is None and metric.where is not None and not subject.shape.causal:
+        raise InputError(
+            f"model attends in both directions, and metric is {metric.name!r}, a prediction of the next token: give a "
+            "causal model, or a metric of your own."
+        )
 
 
 def _counted(
@@ -105,7 +121,7 @@ def _counted(
 ) -> tuple[int, Float[Tensor, " batch"]]:
     """How many positions a metric looks at, and what each sequence counts in a mean; InputError for none."""
     if patterns is not None:
-        weights = torch.cat([patterns.weights(some) for some in tokens.split(batch_size)])
+        weights = torch.cat([patterns.weights(batch) for batch in tokens.split(batch_size)])
         if not bool(weights.any()):
             raise InputError(
                 f"tokens hold no position where {metric.name} is defined: give longer ones, or such as repeat, or "
@@ -118,7 +134,8 @@ def _counted(
             f"tokens hold no position where {metric.name} is defined (the next token being what followed the current "
             "one before): give tokens that repeat, or another metric."
         )
-    return int(tokens.numel() if places is None else places.sum()), torch.ones(len(tokens), dtype=torch.float64)
+    count = tokens.numel() if places is None else int(places.sum())
+    return count, torch.ones(len(tokens), dtype=torch.float64)
 
 
 def _marked(positions: Iterable[int], length: int) -> Bool[Tensor, " position"]:
@@ -131,12 +148,12 @@ def _marked(positions: Iterable[int], length: int) -> Bool[Tensor, " position"]:
         raise InputError(f"positions is {positions!r}: give a list of whole numbers such as [0], or None for all.")
     if outside := [position for position in wanted if not 0 <= position < length]:
         raise InputError(f"positions has {outside[0]}: these sequences have positions 0 to {length - 1}.")
-    found = torch.zeros(length, dtype=torch.bool)
-    found[wanted] = True
-    return found
+    marked = torch.zeros(length, dtype=torch.bool)
+    marked[wanted] = True
+    return marked
 
 
-def _cycle(count: int, seed: int) -> Int[Tensor, " batch"]:
+def cycle(count: int, seed: int) -> Int[Tensor, " batch"]:
     """For each sequence another one, none twice: all in one random cycle."""
     if count < 2:
         raise InputError("tokens is one sequence, and resampling takes another's activations: give two or more.")
@@ -144,107 +161,56 @@ def _cycle(count: int, seed: int) -> Int[Tensor, " batch"]:
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
+# ---- running -----------------------------------------------------------------------------------------------------
+
+
 def batches(
     experiment: Experiment, *, mlps: bool = False, also: Sequence[str] = ()
-) -> Iterator[tuple[slice, Clean, "Stand"]]:
+) -> Iterator[tuple[slice, Clean, Stand]]:
     """Each batch of sequences, its clean pass, and what stands in for its parts; to be run within `steady`."""
-    _learn_means(experiment, mlps)
-    model, tokens = experiment.model, experiment.tokens
+    subject, tokens = experiment.subject, experiment.tokens
+    if experiment.how == "mean" and not (experiment.means and (experiment.means["mlp"] or not mlps)):
+        experiment.means = means_of(subject, tokens, experiment.batch_size, mlps)
     preserve = experiment.how == "pattern_preserving"
     for start in range(0, len(tokens), experiment.batch_size):
         rows = slice(start, min(start + experiment.batch_size, len(tokens)))
         places = places_of(experiment.metric, tokens[rows])
         reader = None if experiment.patterns is None else experiment.patterns.reader(tokens[rows])
-        clean = clean_pass(model, tokens[rows], places, mlps=mlps, patterns=preserve, also=also, reader=reader)
+        clean = clean_pass(subject, tokens[rows], places, mlps=mlps, patterns=preserve, also=also, reader=reader)
         donor = None
         if experiment.donors is not None:
             given = tokens[experiment.donors[rows].to(tokens.device)]
-            donor = clean_pass(model, given, torch.zeros_like(given, dtype=torch.bool), mlps=mlps)
+            donor = clean_pass(subject, given, torch.zeros_like(given, dtype=torch.bool), mlps=mlps)
         yield rows, clean, Stand(experiment.how, clean, donor, experiment.means, experiment.at)
-
-
-@dataclass
-class Stand:
-    """What stands in for the parts of one batch."""
-
-    how: str
-    clean: Clean
-    donor: Clean | None
-    means: dict[str, dict[int, Tensor]]
-    at: Bool[Tensor, " position"] | None = None
-
-    def of(self, part: Part) -> Tensor:
-        """What takes the place of a head's z, or of what an MLP writes; broadcasts to it."""
-        layer, head = part
-        kind, now = ("z", self.clean.z) if head is not None else ("mlp", self.clean.mlp)
-        if self.how == "mean":
-            mean = self.means[kind][layer]
-            return mean if head is None else mean[head]
-        if self.donor is not None:
-            return self.donor.z[layer][:, :, head] if head is not None else self.donor.mlp[layer]
-        return torch.zeros((), dtype=now[layer].dtype, device=now[layer].device)
-
-    def of_embedding(self) -> Tensor:
-        """What takes the place of the stream that block 0 reads."""
-        if self.how == "mean":
-            return self.means["embedding"][0]
-        return self.donor.streams[0] if self.donor is not None else torch.zeros_like(self.clean.streams[0][:1, :1])
-
-    def without(self, parts: Iterable[Part]) -> Variant:
-        """The pass in which all these parts are replaced, at the experiment's positions."""
-        z: dict[int, dict[int, Tensor]] = {}
-        mlp: dict[int, Tensor] = {}
-        for layer, head in sorted(parts, key=str):
-            if head is None:
-                mlp[layer] = self.of((layer, None))
-            else:
-                z.setdefault(layer, {})[head] = self.of((layer, head))
-        return Variant(z, mlp, None if self.at is None else self.at.to(self.clean.tokens.device))
-
-
-def _learn_means(experiment: Experiment, mlps: bool) -> None:
-    """The means over all sequences and positions, in one pass over the tokens, once."""
-    if experiment.how != "mean" or (experiment.means and (not mlps or experiment.means["mlp"])):
-        return
-    sums: dict[str, dict[int, Tensor]] = {"z": {}, "mlp": {}, "embedding": {}}
-    tokens = experiment.tokens
-    for start in range(0, len(tokens), experiment.batch_size):
-        some = tokens[start : start + experiment.batch_size]
-        clean = clean_pass(experiment.model, some, torch.zeros_like(some, dtype=torch.bool), mlps=mlps)
-        for kind, found in (("z", clean.z), ("mlp", clean.mlp), ("embedding", {0: clean.streams[0]})):
-            for layer, value in found.items():
-                total = value.sum((0, 1), dtype=torch.float64 if value.device.type != "mps" else torch.float32)
-                sums[kind][layer] = sums[kind].get(layer, 0) + total
-    dtype = next(experiment.model.parameters()).dtype
-    experiment.means = {
-        kind: {layer: (total / tokens.numel()).to(dtype) for layer, total in found.items()}
-        for kind, found in sums.items()
-    }
 
 
 def run(experiment: Experiment, sets: Sequence[Iterable[Part]]) -> Float[Tensor, "1+set sequence"]:
     """The metric of each sequence, of the model as it is and without each set of parts, in float64 on the CPU."""
-    found = torch.full((1 + len(sets), len(experiment.tokens)), math.nan, dtype=torch.float64)
+    values = torch.full((1 + len(sets), len(experiment.tokens)), math.nan, dtype=torch.float64)
     mlps = any(head is None for parts in sets for _, head in parts)
     total, quiet = len(sets) * len(experiment.tokens), not experiment.progress
-    with steady(experiment.model), tqdm(total=total, desc="ablate", disable=quiet, leave=False) as bar:
+    with steady(experiment.subject.model), tqdm(total=total, desc="ablate", disable=quiet, leave=False) as bar:
         for rows, clean, stand in batches(experiment, mlps=mlps):
-            found[0, rows] = measured(experiment, clean, clean.outcome)
+            values[0, rows] = measured(experiment, clean, clean.outcome)
             for i, value in variants_measured(experiment, clean, [stand.without(parts) for parts in sets]):
-                found[1 + i, rows] = value
+                values[1 + i, rows] = value
                 bar.update(len(clean.tokens))
-    return found
+    return values
 
 
 def variants_measured(
     experiment: Experiment, clean: Clean, variants: Sequence[Variant]
 ) -> Iterator[tuple[int, Float[Tensor, " batch"]]]:
     """The metric of each variant of a batch, with its number; an empty variant is the clean pass."""
-    changed = [i for i, variant in enumerate(variants) if variant.z or variant.mlp]
-    for i in sorted(set(range(len(variants))) - set(changed)):
-        yield i, measured(experiment, clean, clean.outcome)
-    some, rows, anywhere = [variants[i] for i in changed], experiment.batch_size, not experiment.whole_passes
-    for i, outcome in outcomes(experiment.model, clean, some, rows, anywhere, experiment.how == "pattern_preserving"):
+    changed = []
+    for i, variant in enumerate(variants):
+        if variant.z or variant.mlp:
+            changed.append(i)
+        else:
+            yield i, measured(experiment, clean, clean.outcome)
+    rows, anywhere = experiment.batch_size, not experiment.whole_passes
+    preserve = experiment.how == "pattern_preserving"
+    for i, outcome in outcomes(clean, [variants[i] for i in changed], rows, anywhere, preserve):
         yield changed[i], measured(experiment, clean, outcome)
 
 

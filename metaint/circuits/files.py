@@ -26,7 +26,14 @@ def save_circuit(graph: networkx.DiGraph, path: str | Path) -> Path:
     effect of cutting it and that of a node the effect of ablating it, both 0 for what the circuit left out. Everything
     else is left out, so `load_circuit` reads GraphML alone.
 
-    Raises InputError for another ending or a graph that isn't a circuit, StoreError where it can't be written.
+    Raises InputError for another ending or a graph that is not a circuit, StoreError where it cannot be written.
+
+    >>> import metaint, networkx, tempfile
+    >>> graph = networkx.DiGraph([("embedding", "0.1"), ("0.1", "logits")])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = metaint.save_circuit(graph, f"{folder}/circuit.graphml")
+    ...     list(metaint.load_circuit(path))
+    ['embedding', '0.1', 'logits']
     """
     path = Path(path)
     if not isinstance(graph, networkx.DiGraph) or not {"embedding", "logits"} <= set(graph):
@@ -42,7 +49,13 @@ def save_circuit(graph: networkx.DiGraph, path: str | Path) -> Path:
 
 
 def load_circuit(path: str | Path) -> networkx.DiGraph:
-    """Read a circuit that `save_circuit` wrote to GraphML; StoreError for anything else."""
+    """Read a circuit that `save_circuit` wrote to GraphML; StoreError for anything else.
+
+    >>> import metaint
+    >>> metaint.load_circuit("none.graphml")
+    Traceback (most recent call last):
+    metaint.errors.StoreError: none.graphml does not exist: give the file that save_circuit wrote.
+    """
     path = Path(path)
     try:
         graph = networkx.read_graphml(path)
@@ -89,11 +102,12 @@ def _edges(cfg: dict[str, Any]) -> Iterator[tuple[str, str, tuple[str, str, str]
 def _node(graph: networkx.DiGraph, name: str) -> dict[str, Any]:
     if name == "embedding":
         return {"in_graph": True}
-    return {"in_graph": name in graph, "score": float(graph.nodes[name]["effect"]) if name in graph else 0.0}
+    score = float(graph.nodes[name]["effect"]) if name in graph else 0.0
+    return {"in_graph": name in graph, "score": score}
 
 
 def _edge(graph: networkx.DiGraph, writer: str, reader: str, by: str) -> dict[str, Any]:
-    found = graph.edges.get((writer, reader), {})
-    effect = found.get(f"effect_{by}" if by else "effect", 0.0)
-    share = effect * found["share"] / found["effect"] if effect else 0.0
+    known = graph.edges.get((writer, reader), {})
+    effect = known.get(f"effect_{by}" if by else "effect", 0.0)
+    share = effect * known["share"] / known["effect"] if effect else 0.0
     return {"score": float(effect), "in_graph": share >= graph.graph["threshold"]}

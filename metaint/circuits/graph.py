@@ -12,10 +12,10 @@ import networkx
 import xarray as xr
 from torch import Tensor
 
-from metaint.circuits.parts import Part
+from metaint.circuits.parts import Part, part_name
 from metaint.circuits.paths import EMBEDDING, LOGITS, Node, is_head
+from metaint.circuits.subject import Subject
 from metaint.measures.composition import composition, read_factor, write_factor
-from metaint.models.folded import folded_layers
 from metaint.models.memory import Memories
 
 
@@ -38,30 +38,29 @@ class Effect(NamedTuple):
 
 def name_of(node: Node) -> str:
     """A node's name in the graph: "5.1" for a head, "mlp 3" for the MLP of a layer, "embedding" and "logits"."""
-    if isinstance(node, str):
-        return node
-    layer, head = node
-    return f"mlp {layer}" if head is None else f"{layer}.{head}"
+    return node if isinstance(node, str) else part_name(node)
 
 
 def add_nodes(
     graph: networkx.DiGraph,
-    model: Any,
+    subject: Subject,
     heads: xr.Dataset,
     labels: Mapping[Part, list[str]],
     parts: Mapping[Part, Effect],
 ) -> None:
+    """The embedding, these parts with their effects, heads with their labels and scores, and the logits."""
     graph.add_node(EMBEDDING, kind="embedding", layer=-1)
-    scores = [str(name) for name, found in heads.items() if found.dims == ("layer", "head") and not _aside(str(name))]
+    scores = [str(name) for name in heads if heads[name].dims == ("layer", "head") and not _aside(str(name))]
     for part, effect in parts.items():
         layer, head = part
-        found: dict[str, Any] = {"kind": "mlp" if head is None else "head", "layer": layer, **effect.attributes()}
-        if head is not None:
-            found |= {"head": head, "labels": ", ".join(labels.get(part, []))}
-            known = {name: float(heads[name].sel(layer=layer, head=head)) for name in scores}
-            found |= {name: score for name, score in known.items() if not math.isnan(score)}
-        graph.add_node(name_of(part), **found)
-    graph.add_node(LOGITS, kind="logits", layer=int(model.cfg.n_layers))
+        if head is None:
+            graph.add_node(part_name(part), kind="mlp", layer=layer, **effect.attributes())
+            continue
+        at_head = heads.sel(layer=layer, head=head)
+        known = {name: float(at_head[name]) for name in scores if not math.isnan(float(at_head[name]))}
+        names = {"head": head, "labels": ", ".join(labels.get(part, []))}
+        graph.add_node(part_name(part), kind="head", layer=layer, **effect.attributes(), **names, **known)
+    graph.add_node(LOGITS, kind="logits", layer=subject.shape.n_layers)
 
 
 def _aside(name: str) -> bool:
@@ -69,23 +68,25 @@ def _aside(name: str) -> bool:
     return name.endswith(("_uniform", "_null_mean", "_null_std", "_low", "_high", "_count"))
 
 
-def add_edges(graph: networkx.DiGraph, model: Any, paths: Mapping[tuple[Node, Node], dict[str, Effect]]) -> None:
-    read = _reads(model, [ends for ends in paths if all(is_head(node) for node in ends)])
+def add_edges(graph: networkx.DiGraph, subject: Subject, paths: Mapping[tuple[Node, Node], dict[str, Effect]]) -> None:
+    """These paths with their effects, and between heads what weights alone tell."""
+    reads = _reads(subject, [ends for ends in paths if all(is_head(node) for node in ends)])
     for ends, effects in paths.items():
-        found: dict[str, Any] = {**effects[""].attributes()}
         single = {by: effect for by, effect in effects.items() if by and not math.isnan(effect.effect)}
-        found |= {f"effect_{by}": effect.effect for by, effect in single.items()}
-        found["by"] = max(single, key=lambda by: single[by].share) if single else ""
-        graph.add_edge(*map(name_of, ends), **found, **read.get(ends, {}))
+        attributes: dict[str, Any] = effects[""].attributes()
+        attributes |= {f"effect_{by}": effect.effect for by, effect in single.items()}
+        attributes["by"] = max(single, key=lambda by: single[by].share) if single else ""
+        graph.add_edge(*map(name_of, ends), **attributes, **reads.get(ends, {}))
 
 
-def _reads(model: Any, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], dict[str, float]]:
+def _reads(subject: Subject, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], dict[str, float]]:
     """Composition of pairs of heads and the recall of one's keys of what the other writes, from weights alone."""
     if not pairs:
         return {}
-    memories = Memories(model) if isinstance(getattr(model, "W_E", None), Tensor) else None
-    layers = list(folded_layers(model)) if memories is None else memories.layers
-    found = {}
+    layers, memories = subject.folded, None
+    if isinstance(getattr(subject.model, "W_E", None), Tensor):
+        memories = Memories(subject.model, layers=layers)
+    reads = {}
     for (layer, head), (later, head_to) in pairs:
         query, key, value, out = (weight[head_to][None] for weight in layers[later])
         write = write_factor(layers[layer].W_V[head], layers[layer].W_O[head])[None]
@@ -96,5 +97,5 @@ def _reads(model: Any, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any]
         if memories is not None:
             recall = memories.key_composition((layer, head), (later, head_to))
             scores |= {"key_composition_recall": recall.share(), "key_composition_recall_chance": recall.chance}
-        found[(layer, head), (later, head_to)] = scores
-    return found
+        reads[(layer, head), (later, head_to)] = scores
+    return reads

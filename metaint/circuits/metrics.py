@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from metaint.circuits.scan_metrics import ScanMetric
 from metaint.errors import InputError
 from metaint.measures.in_context import follower
+from metaint.models.reading import widen
 
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -92,11 +93,11 @@ def values_of(
     """
     assert metric.score is not None
     if places is None:
-        found = metric.score(logits, tokens)
-        if not isinstance(found, Tensor) or found.shape != tokens.shape[:1]:
-            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        values = metric.score(logits, tokens)
+        if not isinstance(values, Tensor) or values.shape != tokens.shape[:1]:
+            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(f"metric gave {shape}: it must give one value for each of {len(tokens)} sequences.")
-        return found.detach().double()
+        return values.detach().double()
     batch, position = places.nonzero(as_tuple=True)
     scores = metric.score(logits, tokens[batch, position + 1]).double()
     sums = torch.zeros(len(tokens), dtype=torch.float64, device=scores.device).index_add_(0, batch, scores)
@@ -106,14 +107,16 @@ def values_of(
 
 def _of_all(metric: Metric, logits: Tensor, tokens: Tensor) -> Tensor:
     places = places_of(metric, tokens)
-    return values_of(metric, logits if places is None else logits[places], tokens, places)
+    if places is not None:
+        logits = logits[places]
+    return values_of(metric, logits, tokens, places)
 
 
 def _predictable(tokens: Tensor) -> Tensor:
     """Where the next token is what followed the current one the last time."""
-    found = torch.zeros_like(tokens, dtype=torch.bool)
-    found[:, :-1] = follower(tokens)[:, :-1] == tokens[:, 1:]
-    return found
+    places = torch.zeros_like(tokens, dtype=torch.bool)
+    places[:, :-1] = follower(tokens)[:, :-1] == tokens[:, 1:]
+    return places
 
 
 def _nowhere(tokens: Tensor) -> Tensor:
@@ -121,13 +124,13 @@ def _nowhere(tokens: Tensor) -> Tensor:
 
 
 def _every(tokens: Tensor) -> Tensor:
-    found = torch.ones_like(tokens, dtype=torch.bool)
-    found[:, -1] = False
-    return found
+    places = torch.ones_like(tokens, dtype=torch.bool)
+    places[:, -1] = False
+    return places
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets.long(), reduction="none")
+    return cross_entropy(widen(logits), targets.long(), reduction="none")
 
 
 def _right(logits: Tensor, targets: Tensor) -> Tensor:

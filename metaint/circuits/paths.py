@@ -1,6 +1,6 @@
 """Direct paths: what one part of a model does to another without anything in between.
 
-In: an experiment and parts of its model. Out: for each pair the metric with the path between them cut, by sequence.
+In: an experiment and parts of its subject. Out: for each pair the metric with the path between them cut, by sequence.
 
 A writer (the embedding, a head, an MLP) adds a vector c to the stream, beyond what stands in for it when it is ablated.
 Its direct path to a reader is cut where the reader alone reads x - c in place of the stream x, through its own norm
@@ -11,22 +11,25 @@ together; what that makes of its z is computed from folded weights and put at ho
 is a query head's own under grouped-query attention.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from metaint.circuits.clean import Clean, read_out
-from metaint.circuits.experiment import Experiment, Stand, batches, measured, variants_measured
+from metaint.circuits.experiment import Experiment, batches, measured, variants_measured
 from metaint.circuits.parts import Part
-from metaint.circuits.passes import Variant, read_by_mlp
+from metaint.circuits.passes import read_by_mlp
+from metaint.circuits.stand import Stand
+from metaint.circuits.subject import Subject
+from metaint.circuits.variants import Variant, at_places
 from metaint.models.audit import holds
-from metaint.models.describe import sublayers_of
-from metaint.models.folded import FoldedWeights, folded_layers, normalised, norms_of
-from metaint.models.invariants import pattern_of, score_hooks
+from metaint.models.folded import FoldedWeights, normaliser, norms_of
+from metaint.models.invariants import Scoring, score_hooks, scoring_of
 from metaint.models.reading import Unavailable, steady, tolerance, widen
 from metaint.models.rotation import rotations
 
@@ -48,96 +51,98 @@ class Path(NamedTuple):
 class Wiring:
     """What is needed of a model to follow direct paths in it."""
 
+    subject: Subject
+    # By layer: the weights of its heads, what its attention makes of the stream it reads, and how it makes its pattern.
     layers: list[FoldedWeights]
-    mlps: bool
+    norms: list[Callable[[Tensor], Tensor]]
+    scoring: list[Scoring]
+    # By layer, the hook on the length of a norm between attention and the addition, where there is one.
+    lengths: dict[int, str]
     # What turns queries and keys at each position, where they are turned.
     rotation: dict[int, Float[Tensor, "position d_head d_head"]]
-    # Why queries and keys don't tell the pattern, "" where they do: paths by q and k are followed then.
+    # Why queries and keys do not tell the pattern, "" where they do: paths by q and k are followed then.
     opaque: str = ""
 
 
-def wiring_of(model: Any, positions: int) -> Wiring:
+def wiring_of(subject: Subject, positions: int) -> Wiring:
     """What the audit trusts of a model; raises Unavailable where its weights are not what its heads do."""
+    model, layers = subject.model, subject.layers
     for check in ("attention_input", "output_sum", "value_mix", "unembedding"):
         if not holds(model, check):
             raise Unavailable(f"the audit's {check} does not hold")
-    with torch.no_grad():
-        found = Wiring(list(folded_layers(model)), has_mlps(model), {})
+    norms, scoring = [normaliser(model, layer) for layer in layers], [scoring_of(model, layer) for layer in layers]
+    after = {layer: norm.after for layer, norm in enumerate(norms_of(model)) if norm.after}
+    lengths = {layer: f"blocks.{layer}.{name}.hook_scale" for layer, name in after.items()}
+    wiring = Wiring(subject, subject.folded, norms, scoring, lengths, {})
     try:
         rotary = "hook_rot_q" in score_hooks(model)
         if not rotary and not holds(model, "pattern_from_scores"):
             raise Unavailable("the audit's pattern_from_scores does not hold")
         turned = rotations(model, positions) if rotary else ()
-        found.rotation = {layer: turn.rotations for layer, turn in enumerate(turned) if turn is not None}
+        wiring.rotation = {layer: turn.rotations for layer, turn in enumerate(turned) if turn is not None}
     except Unavailable as reason:
-        found.opaque = str(reason)
-    return found
-
-
-def has_mlps(model: Any) -> bool:
-    """Whether the model has MLPs, and what they write adds to the stream."""
-    return sublayers_of(model) != "attention" and holds(model, "residual")
+        wiring.opaque = str(reason)
+    return wiring
 
 
 def is_head(node: Node) -> bool:
     return not isinstance(node, str) and node[1] is not None
 
 
-def writers_of(model: Any, reader: Node, nodes: Sequence[Node]) -> list[Node]:
+def writers_of(subject: Subject, reader: Node, nodes: Sequence[Node]) -> list[Node]:
     """Those of `nodes` whose output a reader reads directly."""
-    return [
-        node for node in nodes if node not in (reader, LOGITS) and _depth(model, node) < _depth(model, reader, True)
-    ]
+    sequential = subject.shape.sublayers == "sequential"
+    depth = _depth(sequential, reader, True)
+    return [node for node in nodes if node not in (reader, LOGITS) and _depth(sequential, node) < depth]
 
 
-def _depth(model: Any, node: Node, reads: bool = False) -> float:
+def _depth(sequential: bool, node: Node, reads: bool = False) -> float:
     """Where in the model a node writes, or reads: two places in each layer, one for attention and one for the MLP."""
     if isinstance(node, str):
         return -1.0 if node == EMBEDDING else float("inf")
     layer, head = node
-    if sublayers_of(model) != "sequential":  # both read the stream before the block, and write after it
-        return 2.0 * layer + (0 if reads else 1)
-    return 2.0 * layer + (0 if head is not None else 1) + (0.0 if reads else 0.5)
-
-
-def cut(experiment: Experiment, wiring: Wiring, paths: Sequence[Path]) -> Float[Tensor, "1+path sequence"]:
-    """The metric of each sequence as the model is, and with each path cut, in float64; NaN for what can't be cut."""
-    found = torch.full((1 + len(paths), len(experiment.tokens)), torch.nan, dtype=torch.float64)
-    readers = list(dict.fromkeys(path.reader for path in paths))
-    model = experiment.model
-    layers = {reader[0] for reader in readers if not isinstance(reader, str) and reader[1] is not None}
-    also = [f"blocks.{layer}.attn.{name}" for layer in sorted(layers) for name in _READ]
-    also += list(_lengths(model).values())
-    with steady(model):
-        for rows, clean, stand in batches(experiment, mlps=wiring.mlps, also=also):
-            found[0, rows] = measured(experiment, clean, clean.logits)
-            written = _Written(model, wiring, clean, stand)
-            for reader in readers:
-                some = [i for i, path in enumerate(paths) if path.reader == reader]
-                if is_head(reader) and not _makes_its_pattern(model, wiring, clean, *reader):
-                    some = [i for i in some if paths[i].by == "v"]
-                for i, value in _cut_from(experiment, wiring, clean, written, reader, [paths[i] for i in some]):
-                    found[1 + some[i], rows] = value
-    return found
+    sublayer = 0.0 if head is not None else 1.0
+    if not sequential:  # both read the stream before the block, and write after it
+        return 2.0 * layer if reads else 2.0 * layer + 1
+    return 2.0 * layer + sublayer if reads else 2.0 * layer + sublayer + 0.5
 
 
 _READ = ("hook_q", "hook_k", "hook_v", "hook_pattern")
 
 
-def _lengths(model: Any) -> dict[int, str]:
-    """By layer, the hook on the length of a norm between attention and the addition, where there is one."""
-    norms = enumerate(norms_of(model))
-    return {layer: f"blocks.{layer}.{norm.after}.hook_scale" for layer, norm in norms if norm.after}
+def cut(experiment: Experiment, wiring: Wiring, paths: Sequence[Path]) -> Float[Tensor, "1+path sequence"]:
+    """The metric of each sequence as the model is, and with each path cut, in float64; NaN for what cannot be cut."""
+    values = torch.full((1 + len(paths), len(experiment.tokens)), torch.nan, dtype=torch.float64)
+    to_reader: dict[Node, list[int]] = {}
+    for i, path in enumerate(paths):
+        to_reader.setdefault(path.reader, []).append(i)
+    layers = {reader[0] for reader in to_reader if not isinstance(reader, str) and reader[1] is not None}
+    also = [f"blocks.{layer}.attn.{name}" for layer in sorted(layers) for name in _READ]
+    also += wiring.lengths.values()
+    subject = experiment.subject
+    with steady(subject.model):
+        for rows, clean, stand in batches(experiment, mlps=subject.has_mlps, also=also):
+            values[0, rows] = measured(experiment, clean, clean.logits)
+            written = _Written(wiring, clean, stand)
+            for reader, numbers in to_reader.items():
+                if is_head(reader) and not _makes_its_pattern(wiring, clean, *reader):
+                    numbers = [i for i in numbers if paths[i].by == "v"]
+                of_reader = [paths[i] for i in numbers]
+                for i, value in _cut_from(experiment, wiring, written, reader, of_reader):
+                    values[1 + numbers[i], rows] = value
+    return values
 
 
+@dataclass
 class _Written:
     """What each part adds to the stream, beyond what stands in for it; made when asked for."""
 
-    def __init__(self, model: Any, wiring: Wiring, clean: Clean, stand: Stand) -> None:
-        self.wiring, self.clean, self.stand, self.lengths = wiring, clean, stand, _lengths(model)
+    wiring: Wiring
+    clean: Clean
+    stand: Stand
 
     def by(self, node: Node) -> Float[Tensor, "batch position d_model"]:
-        clean = self.clean
+        clean, lengths = self.clean, self.wiring.lengths
         if isinstance(node, str):
             return widen(clean.streams[0]) - widen(self.stand.of_embedding())
         layer, head = node
@@ -146,86 +151,83 @@ class _Written:
         change = widen(clean.z[layer][:, :, head]) - widen(self.stand.of(node))
         added = change @ self.wiring.layers[layer].W_O[head].to(change.dtype)
         # The norm that follows divides by the length of the whole of what attention wrote, which stays as it was.
-        return added / widen(clean.read[self.lengths[layer]]) if layer in self.lengths else added
+        return added / widen(clean.read[lengths[layer]]) if layer in lengths else added
 
 
 def _cut_from(
-    experiment: Experiment, wiring: Wiring, clean: Clean, written: _Written, reader: Node, paths: Sequence[Path]
+    experiment: Experiment, wiring: Wiring, written: _Written, reader: Node, paths: Sequence[Path]
 ) -> Iterator[tuple[int, Float[Tensor, " batch"]]]:
     """The metric with each path to one reader cut."""
+    clean = written.clean
     if isinstance(reader, str):
-        last = widen(clean.streams[len(wiring.layers)])
+        last = widen(clean.streams[wiring.subject.shape.n_layers])
         for i, path in enumerate(paths):
-            stream = last - written.by(path.writer)
-            logits = read_out(experiment.model, stream if clean.places is None else stream[clean.places])
-            yield i, measured(experiment, clean, logits)
+            stream = at_places(last - written.by(path.writer), clean.places)
+            yield i, measured(experiment, clean, read_out(wiring.subject, stream))
         return
     layer, head = reader
     if head is None:
-        made = _of_mlp(experiment, clean, written, layer, paths)
+        variants = _without_mlp_input(experiment, written, layer, paths)
     else:
-        made = _of_head(experiment.model, wiring, clean, written, layer, head, paths)
-    yield from variants_measured(experiment, clean, made)
+        variants = _without_head_input(wiring, written, layer, head, paths)
+    yield from variants_measured(experiment, clean, variants)
 
 
-def _of_mlp(
-    experiment: Experiment, clean: Clean, written: _Written, layer: int, paths: Sequence[Path]
-) -> list[Variant]:
+def _without_mlp_input(experiment: Experiment, written: _Written, layer: int, paths: Sequence[Path]) -> list[Variant]:
     """What an MLP writes when it reads the stream without each writer."""
-    size, made = max(1, experiment.batch_size // len(clean.tokens)), []
+    clean = written.clean
+    size, variants = max(1, experiment.batch_size // len(clean.tokens)), []
     stream = clean.streams[layer]
     for start in range(0, len(paths), size):
-        some = [(stream - written.by(path.writer)).to(stream.dtype) for path in paths[start : start + size]]
-        made += [Variant({}, {layer: new}) for new in read_by_mlp(experiment.model, clean, layer, some)]
-    return made
+        streams = [(stream - written.by(path.writer)).to(stream.dtype) for path in paths[start : start + size]]
+        variants += [Variant({}, {layer: new}) for new in read_by_mlp(clean, layer, streams)]
+    return variants
 
 
-def _of_head(
-    model: Any, wiring: Wiring, clean: Clean, written: _Written, layer: int, head: int, paths: Sequence[Path]
+def _without_head_input(
+    wiring: Wiring, written: _Written, layer: int, head: int, paths: Sequence[Path]
 ) -> list[Variant]:
     """z of a head that reads the stream without each writer, by queries, keys, values or all of them."""
-    stream, weights = widen(clean.streams[layer]), wiring.layers[layer]
-    seen = normalised(model, layer, stream)
-    read = {letter: _of_one(clean.read[f"blocks.{layer}.attn.hook_{letter}"], head, model) for letter in "qkv"}
-    turn = wiring.rotation.get(layer)
+    clean, norm, weights = written.clean, wiring.norms[layer], wiring.layers[layer]
+    stream = widen(clean.streams[layer])
+    seen = norm(stream)
+    read = {letter: _of_one(wiring, clean.read[f"blocks.{layer}.attn.hook_{letter}"], head) for letter in "qkv"}
+    by_letter = {"q": weights.W_Q[head], "k": weights.W_K[head], "v": weights.W_V[head]}
     pattern = widen(clean.read[f"blocks.{layer}.attn.hook_pattern"])[:, head]
-    made, changes = [], {}
+    variants, changes = [], {}
     for path in paths:
         if path.writer not in changes:
-            change = normalised(model, layer, stream - written.by(path.writer)) - seen
-            changes = {path.writer: change}  # paths come writer by writer
+            changes = {path.writer: norm(stream - written.by(path.writer)) - seen}  # paths come writer by writer
         change = changes[path.writer]
-        new = {
-            letter: read[letter] + change @ getattr(weights, f"W_{letter.upper()}")[head].to(change.dtype)
-            if letter in path.by
-            else read[letter]
-            for letter in "qkv"
-        }
-        attends = pattern if path.by == "v" else _pattern(model, layer, new["q"], new["k"], turn)
-        made.append(Variant({layer: {head: attends @ new["v"]}}))
-    return made
+        new = dict(read)
+        for letter in path.by:
+            new[letter] = read[letter] + change @ by_letter[letter].to(change.dtype)
+        attends = pattern if path.by == "v" else _pattern(wiring, layer, new["q"], new["k"])
+        variants.append(Variant({layer: {head: attends @ new["v"]}}))
+    return variants
 
 
-def _of_one(activation: Tensor, head: int, model: Any) -> Float[Tensor, "batch position d_head"]:
+def _of_one(wiring: Wiring, activation: Tensor, head: int) -> Float[Tensor, "batch position d_head"]:
     """Queries, keys or values of one query head, which may share the latter with others."""
-    return widen(activation)[:, :, head * activation.shape[2] // int(model.cfg.n_heads)]
+    return widen(activation)[:, :, head * activation.shape[2] // wiring.subject.shape.n_heads]
 
 
-def _pattern(
-    model: Any, layer: int, query: Tensor, key: Tensor, turn: Tensor | None
-) -> Float[Tensor, "batch query key"]:
+def _pattern(wiring: Wiring, layer: int, query: Tensor, key: Tensor) -> Float[Tensor, "batch query key"]:
     """The pattern of one head from its queries and keys as they are before they are turned."""
+    turn = wiring.rotation.get(layer)
     if turn is not None:
         turn = turn[: query.shape[1]].to(query)
-        query, key = (torch.einsum("bpd,pde->bpe", x, turn) for x in (query, key))
-    return pattern_of(model, layer, query[:, :, None], key[:, :, None])[:, 0]
+        turned = "batch position d_head, position d_head d_to -> batch position d_to"
+        query, key = einsum(query, turn, turned), einsum(key, turn, turned)
+    one_head = "batch position d_head -> batch position 1 d_head"
+    return wiring.scoring[layer].pattern(rearrange(query, one_head), rearrange(key, one_head))[:, 0]
 
 
-def _makes_its_pattern(model: Any, wiring: Wiring, clean: Clean, layer: Any, head: Any) -> bool:
+def _makes_its_pattern(wiring: Wiring, clean: Clean, layer: Any, head: Any) -> bool:
     """Whether a head's queries and keys give its pattern, as paths by them need it."""
     if wiring.opaque:
         return False
     query, key, _, pattern = (clean.read[f"blocks.{layer}.attn.{name}"] for name in _READ)
-    query, key = (_of_one(x, head, model) for x in (query, key))
-    made = _pattern(model, layer, query, key, wiring.rotation.get(layer))
-    return bool((made - widen(pattern[:, head])).abs().max() <= 10 * tolerance(query.dtype))
+    query, key = _of_one(wiring, query, head), _of_one(wiring, key, head)
+    difference = _pattern(wiring, layer, query, key) - widen(pattern[:, head])
+    return bool(difference.abs().max() <= 10 * tolerance(query.dtype))

@@ -13,11 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metaint.circuits.subject import Subject
 from metaint.errors import InputError
 from metaint.measures.attention import HEAD_MEASURES, Measure
 from metaint.measures.tile import TAUS, Context, Tile
-from metaint.models.describe import is_causal
-from metaint.models.heads import head_of
 from metaint.models.invariants import pattern_hook
 from metaint.probes.heads import HeadProbe, Plan, check_rows
 from metaint.probes.probe import Hook, quietly
@@ -44,7 +43,9 @@ class ScanMetric:
         first, last = self.layers[0], self.layers[-1]
         if len(self.layers) > 2 and self.layers == tuple(range(first, last + 1)):
             return f"{measure} of layers {first} to {last}"
-        return f"{measure} of {'layer' if first == last else 'layers'} {', '.join(map(str, self.layers))}"
+        if first == last:
+            return f"{measure} of layer {first}"
+        return f"{measure} of layers {', '.join(map(str, self.layers))}"
 
 
 def scan_metric(
@@ -65,8 +66,8 @@ def scan_metric(
     `ablate` is the scan's variable averaged over the heads (`sink_rate`: each sequence counts once). No prediction is
     looked at: no logits are made, and a model that attends in both directions will do.
 
-    Raises InputError for a variable that `/heads` hasn't (lengths of the stream among them), for both `layers` and
-    `heads`, and for `tau` where the variable has none.
+    Raises InputError for a variable that `/heads` does not have (lengths of the stream among them), for both `layers`
+    and `heads`, and for `tau` where the variable has none.
 
     >>> import metaint
     >>> metaint.scan_metric("first_token", layers=range(18, 30)).name
@@ -81,8 +82,9 @@ def scan_metric(
         raise InputError(f"tau is {tau}: give one of {', '.join(map(str, TAUS))}, for which {measure.name} is counted.")
     if tau is not None and not measure.per_tau:
         raise InputError(f"tau is {tau}, which {measure.name} has no use for: leave it out.")
-    chosen = None if layers is None else _layers(layers)
-    return ScanMetric(measure, chosen, None if heads is None else tuple(dict.fromkeys(heads)), tau)
+    chosen_layers = None if layers is None else _layers(layers)
+    chosen_heads = None if heads is None else tuple(dict.fromkeys(heads))
+    return ScanMetric(measure, chosen_layers, chosen_heads, tau)
 
 
 def _measure(variable: str | Measure) -> Measure:
@@ -99,23 +101,23 @@ def _measure(variable: str | Measure) -> Measure:
 
 def _layers(layers: Iterable[int]) -> tuple[int, ...]:
     try:
-        found = tuple(sorted({int(layer) for layer in layers}))
+        numbers = tuple(sorted({int(layer) for layer in layers}))
     except (TypeError, ValueError):
-        found = ()
-    if not found:
+        numbers = ()
+    if not numbers:
         raise InputError(f"layers is {layers!r}: give the numbers of layers, such as range(18, 30), or leave it out.")
-    return found
+    return numbers
 
 
 class Patterns:
     """A scan metric on one model: which heads of which layers are read, and what a sequence counts."""
 
-    def __init__(self, metric: ScanMetric, model: Any) -> None:
+    def __init__(self, metric: ScanMetric, subject: Subject) -> None:
         self.probe = HeadProbe([metric.measure])
         self.measure = metric.measure
         self.slot = 0 if metric.tau is None else TAUS.index(metric.tau)
-        self.causal = is_causal(model)
-        self.heads = _heads(metric, model)
+        self.causal = subject.shape.causal
+        self.heads = _heads(metric, subject)
 
     @property
     def last(self) -> int:
@@ -141,17 +143,17 @@ class Patterns:
         return sums / every if self.measure.per_sequence is None else self.measure.per_sequence(sums, every)
 
 
-def _heads(metric: ScanMetric, model: Any) -> dict[int, list[int]]:
-    n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
+def _heads(metric: ScanMetric, subject: Subject) -> dict[int, list[int]]:
+    """The heads that are read, by layer."""
     if metric.heads is not None:
-        found: dict[int, list[int]] = {}
-        for layer, head in sorted(head_of(model, name) for name in metric.heads):
-            found.setdefault(layer, []).append(head)
-        return found
-    layers = range(n_layers) if metric.layers is None else metric.layers
-    if outside := [layer for layer in layers if not 0 <= layer < n_layers]:
-        raise InputError(f"layers of the metric have {outside[0]}: this model's are 0 to {n_layers - 1}.")
-    return {layer: list(range(n_heads)) for layer in layers}
+        by_layer: dict[int, list[int]] = {}
+        for layer, head in sorted(subject.head(name) for name in metric.heads):
+            by_layer.setdefault(layer, []).append(head)
+        return by_layer
+    layers = subject.layers if metric.layers is None else metric.layers
+    if outside := [layer for layer in layers if layer not in subject.layers]:
+        raise InputError(f"layers of the metric have {outside[0]}: this model's are 0 to {subject.layers[-1]}.")
+    return {layer: list(range(subject.shape.n_heads)) for layer in layers}
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,9 @@ class Reader:
         with quietly(pattern.device.type):
             for rows, scores in zip(pattern.detach().chunk(len(copies)), copies, strict=True):
                 tile = Tile(rows, self.plan.context)
-                found = patterns.scores(*patterns.probe.row_sums(self.plan, tile, dtype))
+                values = patterns.scores(*patterns.probe.row_sums(self.plan, tile, dtype))
                 check_rows(tile, layer)
-                scores[layer] = found[:, patterns.slot, patterns.heads[layer]]
+                scores[layer] = values[:, patterns.slot, patterns.heads[layer]]
 
     def outcome(self, scores: Mapping[int, Float[Tensor, "batch head"]]) -> Float[Tensor, " batch"]:
         """The mean over heads, for each sequence."""

@@ -68,19 +68,13 @@ _EDITS = {
 }
 CHECKS = (*_ATTENTION, *_WEIGHTS, *_EDITS)
 
-_ATTENTION_HOOKS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k")
-_ATTENTION_HOOKS += ("attn.hook_pattern", "attn.hook_z")
-_WEIGHT_HOOKS = ("hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_q")
-_WEIGHT_HOOKS += (
-    "attn.hook_k",
-    "attn.hook_v",
-    "attn.hook_z",
-    "attn.o.hook_out",
-    "attn.hook_out",
-    "ln1_post.hook_scale",
-    "ln1_post.hook_normalized",
-)
-_WEIGHT_HOOKS += ("hook_attn_out", "ln2.hook_normalized", "hook_mlp_out", "hook_resid_post")
+# What the checks of each part read in a block.
+_ATTENTION_HOOKS = ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k"]
+_ATTENTION_HOOKS += ["attn.hook_pattern", "attn.hook_z"]
+_WEIGHT_HOOKS = ["hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out"]
+_WEIGHT_HOOKS += ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.o.hook_out", "attn.hook_out"]
+_WEIGHT_HOOKS += ["ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out"]
+_WEIGHT_HOOKS += ["ln2.hook_normalized", "hook_mlp_out", "hook_resid_post"]
 
 _cache: WeakKeyDictionary[Any, dict[tuple[Any, ...], list[Finding]]] = WeakKeyDictionary()
 
@@ -88,27 +82,36 @@ _cache: WeakKeyDictionary[Any, dict[tuple[Any, ...], list[Finding]]] = WeakKeyDi
 def audit(model: Any, refresh: bool = False) -> pandas.DataFrame:
     """Which of the checks hold on this model: one row each, in the order of `CHECKS`.
 
-    Columns: `check`; `status`, one of "holds", "fails" and "unavailable" (what the check needs isn't there);
-    `difference`, the largest absolute difference found, or NaN (for the edits: the smallest change of the
-    logits that an edit at one layer made); `where`, the hook or weight it was found at; `note`, one sentence.
+    - `check`: its name.
+    - `status`: "holds", "fails" or "unavailable" (what the check needs is not there).
+    - `difference`: the largest absolute difference, or NaN; for the edits the smallest change of the logits that an
+      edit at one layer made.
+    - `where`: the hook or weight of that difference.
+    - `note`: one sentence.
 
     Six forward passes of a few tokens, remembered for as long as the model lives and is in the same state
     (compatibility mode, dtype); `refresh=True` runs them again. Raises ModelError if a forward pass fails.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> metaint.audit(model).status.value_counts().to_dict()
+    {'holds': 19}
     """
-    findings = [finding for part in _PARTS for finding in _findings(model, part, refresh)]
+    findings = [finding for group in _GROUPS for finding in _findings(model, group, refresh)]
     return pandas.DataFrame([asdict(finding) for finding in findings])
 
 
 def require(model: Any, checks: Iterable[str]) -> None:
-    """Raises HookAuditError for the first of these checks that doesn't hold; runs only the passes they need.
+    """Raises HookAuditError for the first of these checks that does not hold; runs only the passes they need.
 
-    Raises InputError for a name that isn't in `CHECKS`, ModelError if a forward pass fails.
+    Raises InputError for a name that is not in `CHECKS`, ModelError if a forward pass fails.
     """
     for check in checks:
         if check not in CHECKS:
-            raise InputError(f"checks has {check!r}; it should name checks of the audit: {', '.join(CHECKS)}")
-        part = next(part for part in _PARTS if check in _PARTS[part].checks)
-        finding = next(f for f in _findings(model, part) if f.check == check)
+            raise InputError(f"checks has {check!r}: name checks of the audit ({', '.join(CHECKS)}).")
+        group = next(name for name, group in _GROUPS.items() if check in group.checks)
+        finding = next(finding for finding in _findings(model, group) if finding.check == check)
         if finding.status != "holds":
             measured = "" if math.isnan(finding.difference) else f" (difference {finding.difference:.3g})"
             raise HookAuditError(f"The hook audit's {check} {_verb(finding)}{measured}: {finding.note}")
@@ -128,14 +131,14 @@ def _verb(finding: Finding) -> str:
     return f"fails{place}" if finding.status == "fails" else f"can't be checked{place}"
 
 
-def _findings(model: Any, part: str, refresh: bool = False) -> list[Finding]:
+def _findings(model: Any, group: str, refresh: bool = False) -> list[Finding]:
     check_open(model)
     cached = _cache.setdefault(model, {})
-    key = (part, bool(getattr(model, "compatibility_mode", False)), _dtype(model))
+    key = (group, bool(getattr(model, "compatibility_mode", False)), _dtype(model))
     if refresh or key not in cached:
         with untouched(model):
             try:
-                cached[key] = _PARTS[part].run(model)
+                cached[key] = _GROUPS[group].run(model)
             except MetaintError:
                 raise
             except Exception as error:
@@ -228,16 +231,16 @@ def _sentence(words: str) -> str:
     return f"{words[:1].upper()}{words[1:].rstrip('.')}."
 
 
-class _Part(NamedTuple):
+class _Group(NamedTuple):
     """Checks that share forward passes, so that a probe pays for what it requires and no more."""
 
     checks: Iterable[str]
     run: Callable[[Any], list[Finding]]
 
 
-_PARTS = {
-    "attention": _Part(_ATTENTION, lambda model: _run_checks(model, _ATTENTION, _ATTENTION_HOOKS)),
-    "weights": _Part(_WEIGHTS, lambda model: _run_checks(model, _WEIGHTS, _WEIGHT_HOOKS)),
+_GROUPS = {
+    "attention": _Group(_ATTENTION, lambda model: _run_checks(model, _ATTENTION, _ATTENTION_HOOKS)),
+    "weights": _Group(_WEIGHTS, lambda model: _run_checks(model, _WEIGHTS, _WEIGHT_HOOKS)),
     # Each in a pass of its own.
-    **{name: _Part([name], lambda model, name=name: [_try_edits(model, name)]) for name in _EDITS},
+    **{name: _Group([name], lambda model, name=name: [_try_edits(model, name)]) for name in _EDITS},
 }

@@ -73,7 +73,7 @@ def weight_processing(model: Any) -> str:
 def facts_of(model: Any) -> dict[str, str | int]:
     """Attributes of a scan that belong to the model: name, revision, weight processing, dtype, device, sizes.
 
-    Of a model out of a GGUF also `quantisation`, `source_file` and `source_sha256`.
+    For a model out of a GGUF also `quantisation`, `source_file` and `source_sha256`.
     """
     cfg = model.cfg
     parameter = next(iter(model.parameters()), torch.empty(0))
@@ -85,6 +85,6 @@ def facts_of(model: Any) -> dict[str, str | int]:
         "device": str(parameter.device),
         "n_layers": int(cfg.n_layers),
         "n_heads": int(cfg.n_heads),
-        "attention": "causal" if shape_of(model).causal else "bidirectional",
+        "attention": "causal" if is_causal(model) else "bidirectional",
         **getattr(model, "metaint_source", {}),
     }

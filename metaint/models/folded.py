@@ -5,17 +5,19 @@ before its gain. Where the norms stand is measured, in one short pass, by what t
 audit's `attention_input` then tells whether these weights give the model's own queries, keys and values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from metaint.measures.inner import Norm
 from metaint.models.heads import repeat_heads, thin_heads
-from metaint.models.invariants import Pair, Trial, bias_of
+from metaint.models.invariants import INTO_HEADS, OUT_OF_HEADS, Pair, Trial, bias_of
 from metaint.models.reading import Unavailable, random_tokens, read, tolerance, untouched, widen
 from metaint.models.readout import norm_of
 
@@ -59,8 +61,8 @@ def folded_weights(model: Any, layer: int) -> FoldedWeights:
     """The weights of one layer; for all of them `folded_layers` is cheaper.
 
     W_Q, W_K and W_V are diag(g) W with the gain g of the norm that attention reads through (Gemma's is 1 + w), and
-    for a LayerNorm without the mean over d_model of each column, which meets no centred vector. Of W_O a LayerNorm's
-    reader sees nothing of the mean over d_model, so it is taken out as well. This is TransformerLens's `fold_ln` with
+    for a LayerNorm without the mean over d_model of each column, which meets no centred vector. A LayerNorm's reader
+    sees nothing of the mean of W_O over d_model, so it is taken out as well. This is TransformerLens's `fold_ln` with
     `center_writing_weights`: a raw model and a folded one give the same numbers. A norm between attention and the
     addition (Gemma-2, OLMo-2) puts its gain, and the centring of a LayerNorm, on W_O. Without norms all is as it is.
 
@@ -71,13 +73,18 @@ def folded_weights(model: Any, layer: int) -> FoldedWeights:
     return _folded(model, layer, norms_of(model)[layer], *stacks)
 
 
-def normalised(model: Any, layer: int, vectors: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest d_model"]:
-    """What the norm before a layer's attention makes of vectors of the stream, its gain and bias left out.
+def normaliser(model: Any, layer: int) -> Callable[[Float[Tensor, "*rest d_model"]], Float[Tensor, "*rest d_model"]]:
+    """What the norm before a layer's attention does to vectors of the stream, its gain and bias left out.
 
     LayerNorm centres and divides, RMSNorm divides; without a norm there they come back as they are. Raises
     Unavailable as `folded_weights` does.
     """
-    return _normalise(_norm(model, layer, norms_of(model)[layer].before), vectors)
+    return partial(_normalise, _norm(model, layer, norms_of(model)[layer].before))
+
+
+def normalised(model: Any, layer: int, vectors: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest d_model"]:
+    """What a layer's `normaliser` makes of vectors."""
+    return normaliser(model, layer)(vectors)
 
 
 def attention_input(trial: Trial) -> Iterator[Pair]:
@@ -94,13 +101,14 @@ def attention_input(trial: Trial) -> Iterator[Pair]:
             name = f"blocks.{layer}.attn.hook_{letter.lower()}"
             actual = reading[name]
             heads = actual.shape[2]
-            expected = torch.einsum("bpm,hmd->bphd", vectors, thin_heads(weight, heads))
+            expected = einsum(vectors, thin_heads(weight, heads), INTO_HEADS)
             expected = expected + thin_heads(bias_of(model, f"b_{letter}", layer, actual), heads)
             # What is added after the norm's gain meets the weight as it is.
             added = [norm.bias] if norm is not None and norm.bias is not None else []
             added += [reading["hook_pos_embed"]] if shortformer and letter != "V" else []
             for term in added:
-                expected = expected + torch.einsum("...m,hmd->...hd", widen(term), thin_heads(widen(raw), heads))
+                through = "... d_model, head d_model d_head -> ... head d_head"
+                expected = expected + einsum(widen(term), thin_heads(widen(raw), heads), through)
             yield Pair(name, actual, expected)
 
 
@@ -127,7 +135,7 @@ def _through(norm: Norm | None, weight: Tensor) -> Tensor:
     """A weight [..., d_model, out] that reads what the norm makes, as one that reads it before gain and centring."""
     weight = widen(weight)
     if norm is not None and norm.gain is not None:
-        weight = weight * widen(norm.gain)[:, None].to(weight.device)
+        weight = weight * rearrange(widen(norm.gain), "d_model -> d_model 1").to(weight.device)
     return weight - weight.mean(-2, keepdim=True) if norm is not None and norm.kind == "layer" else weight
 
 
@@ -166,7 +174,7 @@ def _reads(trial: Trial, layer: int, name: str, out: Tensor) -> str:
     stream, norm = reading[f"blocks.{layer}.hook_resid_pre"], _norm(trial.model, layer, name)
     candidates = {"stream": stream}
     if not reading.before(hook, z):
-        written = torch.einsum("bqhd,hdm->bqm", reading[z], widen(out))
+        written = einsum(reading[z], widen(out), OUT_OF_HEADS)
         written = written + bias_of(trial.model, "b_O", layer, written)
         candidates = {"output": written, "sum": stream + written}
     scale = reading[hook].reshape(*stream.shape[:-1], 1)

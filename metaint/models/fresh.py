@@ -135,11 +135,11 @@ def _place(model: Any) -> tuple[torch.device, torch.dtype]:
     devices = {parameter.device for parameter in parameters}
     if len(devices) != 1 or torch.device("meta") in devices:
         where = ", ".join(sorted(map(str, devices))) or "nowhere"
-        raise ModelError(f"{_name(model)} can't be made anew: its weights are on {where}; put them on one device.")
+        raise ModelError(f"{_name(model)} can't be made anew: its weights are on {where}: put them on one device.")
     config = getattr(getattr(model, "original_model", None), "config", None)
     quantised = getattr(config, "quantization_config", None) is not None
     if quantised or not all(parameter.is_floating_point() for parameter in parameters):
-        raise ModelError(f"{_name(model)} can't be made anew: its weights are quantised; open it in a floating dtype.")
+        raise ModelError(f"{_name(model)} can't be made anew: its weights are quantised: open it in a floating dtype.")
     return parameters[0].device, parameters[0].dtype
 
 

@@ -168,8 +168,9 @@ def watching(model: Any) -> Iterator[InputWatch]:
             stack.callback(wrapped.register_forward_pre_hook(on_model, with_kwargs=True).remove)
         elif hasattr(model, "blocks"):
             stack.callback(model.blocks[0].register_forward_pre_hook(on_block, with_kwargs=True).remove)
-        if hasattr(model, "embed"):
-            stack.callback(model.embed.register_forward_pre_hook(on_embed, with_kwargs=True).remove)
+        embed = getattr(model, "embed", None)
+        if embed is not None:
+            stack.callback(embed.register_forward_pre_hook(on_embed, with_kwargs=True).remove)
         unembed = getattr(model, "unembed", None)
         if unembed is not None:
             stack.callback(unembed.register_forward_pre_hook(on_unembed).remove)

@@ -6,15 +6,22 @@ weight they speak of. What it needs and can't have is said by raising Unavailabl
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaint.models.describe import is_causal
 from metaint.models.heads import repeat_heads, thin_heads
 from metaint.models.reading import Reading, Unavailable, widen
 from metaint.models.readout import final_norm_of, readout_of, setting
+
+# What a projection does to the stream, head by head, and back.
+INTO_HEADS = "batch position d_model, head d_model d_head -> batch position head d_head"
+OUT_OF_HEADS = "batch position head d_head, head d_head d_model -> batch position d_model"
 
 
 class Pair(NamedTuple):
@@ -80,8 +87,9 @@ def pattern_from_scores(trial: Trial) -> Iterator[Pair]:
     names = score_hooks(trial.model, rotated)
     for layer in trial.layers:
         query, key = (trial.reading[f"blocks.{layer}.attn.{name}"] for name in names)
-        scores = scores_of(trial.model, layer, query, key)
-        expected = scores.masked_fill(_hidden_keys(trial.model, layer, scores), -math.inf).softmax(-1)
+        scoring = scoring_of(trial.model, layer)
+        scores = scoring.scores(query, key)
+        expected = scores.masked_fill(scoring.hidden(scores), -math.inf).softmax(-1)
         pattern = trial.reading[pattern_hook(layer)]
         yield Pair(pattern_hook(layer), pattern, expected, magnitude=max(1.0, float(scores.abs().max())))
 
@@ -95,19 +103,56 @@ def score_hooks(model: Any, rotated: bool | None = None) -> tuple[str, str]:
     return ("hook_rot_q", "hook_rot_k") if positions == "rotary" or rotated else ("hook_q", "hook_k")
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer makes its pattern of queries and keys [batch, position, head, d_head]: asked of the model once."""
+
+    # What scores are divided by, and what bounds them (0: nothing).
+    scale: float
+    cap: float
+    causal: bool
+    # How many keys back a query sees, itself among them; 0 is all.
+    window: int
+
+    def scores(self, query: Tensor, key: Tensor) -> Float[Tensor, "batch head query key"]:
+        """Scores of every pair, hidden keys too."""
+        key = repeat_heads(key, query.shape[2], 2)
+        scores = einsum(query, key, "batch query head d_head, batch key head d_head -> batch head query key")
+        scores = scores / self.scale
+        return self.cap * torch.tanh(scores / self.cap) if self.cap > 0 else scores
+
+    def hidden(self, scores: Tensor) -> Bool[Tensor, "query key"]:
+        """True where a query may not see a key: later keys, and those before a sliding window."""
+        query = rearrange(torch.arange(scores.shape[-2], device=scores.device), "query -> query 1")
+        key = torch.arange(scores.shape[-1], device=scores.device)
+        hidden = key > query
+        if not self.causal:
+            hidden = torch.zeros_like(hidden)
+        return hidden | (key <= query - self.window) if self.window else hidden
+
+    def pattern(self, query: Tensor, key: Tensor, real: Tensor | None = None) -> Float[Tensor, "batch head query key"]:
+        """The pattern; `real[batch, key]` is False where a key is padding."""
+        scores = self.scores(query, key)
+        hidden = self.hidden(scores)
+        if real is not None:
+            hidden = hidden | rearrange(~real, "batch key -> batch 1 1 key")
+        return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # NaN where all is hidden
+
+
+def scoring_of(model: Any, layer: int) -> Scoring:
+    """How this layer of the model scores, as it is configured."""
+    cap = setting(model, "attn_scores_soft_cap") or 0.0
+    return Scoring(score_scale(model, layer), cap, is_causal(model), _window(model, layer))
+
+
 def scores_of(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
     """Scores [batch, head, query, key] of every pair, from queries and keys [batch, position, head, d_head]."""
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, repeat_heads(key, query.shape[2], 2)) / score_scale(model, layer)
-    cap = setting(model, "attn_scores_soft_cap") or 0.0
-    return cap * torch.tanh(scores / cap) if cap > 0 else scores
+    return scoring_of(model, layer).scores(query, key)
 
 
 def pattern_of(model: Any, layer: int, query: Tensor, key: Tensor, real: Tensor | None = None) -> Tensor:
     """The pattern that queries and keys make; `real[batch, key]` is False where a key is padding."""
-    scores = scores_of(model, layer, query, key)
-    hidden = _hidden_keys(model, layer, scores)
-    hidden = hidden if real is None else hidden | ~real[:, None, None]
-    return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # NaN where all is hidden
+    return scoring_of(model, layer).pattern(query, key, real)
 
 
 def score_scale(model: Any, layer: int) -> float:
@@ -127,17 +172,15 @@ def score_scale(model: Any, layer: int) -> float:
     return scale * (layer + 1) if setting(model, "scale_attn_by_inverse_layer_idx") else scale
 
 
-def _hidden_keys(model: Any, layer: int, scores: Tensor) -> Tensor:
-    """True where a query may not see a key [query, key]: later keys, and those before a sliding window."""
-    query = torch.arange(scores.shape[-2], device=scores.device).unsqueeze(1)
-    key = torch.arange(scores.shape[-1], device=scores.device)
-    hidden = key > query if is_causal(model) else torch.zeros_like(key > query)
-    types = next((t for name in ("attn_types", "layer_types", "attention_layers") if (t := setting(model, name))), None)
-    local = str(types[layer]) in ("local", "sliding_attention") if types else True
+def _window(model: Any, layer: int) -> int:
+    """How many keys back a query of this layer sees, 0 for all."""
     window = setting(model, "window_size") or setting(model, "sliding_window")
-    if window and local and setting(model, "use_sliding_window") is not False:
-        hidden = hidden | (key <= query - int(window))
-    return hidden
+    if not window or setting(model, "use_sliding_window") is False:
+        return 0
+    for name in ("attn_types", "layer_types", "attention_layers"):
+        if kinds := setting(model, name):
+            return int(window) if str(kinds[layer]) in ("local", "sliding_attention") else 0
+    return int(window)
 
 
 def value_mix(trial: Trial) -> Iterator[Pair]:
@@ -145,7 +188,8 @@ def value_mix(trial: Trial) -> Iterator[Pair]:
         attention = f"blocks.{layer}.attn"
         pattern, z = trial.reading[pattern_hook(layer)], trial.reading[f"{attention}.hook_z"]
         value = repeat_heads(trial.reading[f"{attention}.hook_v"], pattern.shape[1], 2)
-        yield Pair(f"{attention}.hook_z", z, torch.einsum("bhqk,bkhd->bqhd", pattern, value))
+        mixed = einsum(pattern, value, "batch head query key, batch key head d_head -> batch query head d_head")
+        yield Pair(f"{attention}.hook_z", z, mixed)
 
 
 def output_sum(trial: Trial) -> Iterator[Pair]:
@@ -153,7 +197,7 @@ def output_sum(trial: Trial) -> Iterator[Pair]:
     for layer in trial.layers:
         name = _attention_output(trial, layer)
         z = trial.reading[f"blocks.{layer}.attn.hook_z"]
-        summed = torch.einsum("bqhd,hdm->bqm", z, widen(weights[layer]))
+        summed = einsum(z, widen(weights[layer]), OUT_OF_HEADS)
         yield Pair(name, trial.reading[name], summed + bias_of(trial.model, "b_O", layer, summed))
 
 
@@ -189,7 +233,7 @@ def _projection(trial: Trial, letter: str) -> Iterator[Pair]:
         actual = trial.reading[f"blocks.{layer}.attn.hook_{letter.lower()}"]
         weight = thin_heads(widen(weights[layer]), actual.shape[2])
         bias = thin_heads(bias_of(trial.model, f"b_{letter}", layer, actual), actual.shape[2])
-        candidates = [torch.einsum("bqm,hmd->bqhd", x, weight) + bias for x in _attention_inputs(trial, layer, letter)]
+        candidates = [einsum(x, weight, INTO_HEADS) + bias for x in _attention_inputs(trial, layer, letter)]
         expected = min(candidates, key=lambda candidate: float((candidate - actual).abs().max()))
         yield Pair(f"W_{letter}[{layer}]", actual, expected)
 
@@ -245,8 +289,8 @@ def final_norm(trial: Trial) -> Iterator[Pair]:
 
 def unembedding(trial: Trial) -> Iterator[Pair]:
     last = trial.reading[f"blocks.{trial.layers[-1]}.hook_resid_post"]
-    logits = readout_of(trial.model).logits(last.flatten(0, 1))
-    yield Pair("W_U", widen(trial.reading.logits).flatten(0, 1), logits)
+    logits = readout_of(trial.model).logits(rearrange(last, "batch position d_model -> (batch position) d_model"))
+    yield Pair("W_U", rearrange(widen(trial.reading.logits), "batch position vocab -> (batch position) vocab"), logits)
 
 
 def bias_of(model: Any, name: str, layer: int, like: Tensor) -> Tensor:

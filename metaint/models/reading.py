@@ -58,8 +58,8 @@ def read(model: Any, tokens: Tensor, names: Sequence[str]) -> Reading:
 
         return hook
 
-    there = model.hook_dict  # which a bridge makes anew at each call
-    present = [name for name in names if name in there]
+    hook_points = model.hook_dict  # which a bridge makes anew at each call
+    present = [name for name in names if name in hook_points]
     logits = _forward(model, tokens, [(name, keep(name)) for name in present])
     return Reading(activations, logits)
 
@@ -78,9 +78,9 @@ def logits_after(model: Any, tokens: Tensor, edits: dict[str, Edit]) -> Tensor:
 
         return hook
 
-    there = model.hook_dict
+    hook_points = model.hook_dict
     for name in edits:
-        if name not in there:
+        if name not in hook_points:
             raise Unavailable(f"the hook {name} never fired", name)
     logits = _forward(model, tokens, [(name, apply(name, edit)) for name, edit in edits.items()])
     for name in edits:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -62,22 +63,24 @@ def rotations(model: Any, lags: int) -> Iterator[Rotation | None]:
                 continue
             query, key = (reading[f"{attention}.{name}"].double() for name in hooks[:2])
             key = repeat_heads(key.mean((0, 1)), query.shape[2], 0)
-            yield Rotation(query.flatten(0, 1), key, known @ known[0].mT)
+            yield Rotation(
+                rearrange(query, "batch position head d_head -> (batch position) head d_head"), key, known @ known[0].mT
+            )
 
 
 def _rotation(reading: Reading, attention: str, known: Tensor | None) -> Float[Tensor, "position d_head d_head"]:
     """The matrix of each position; the one `known` of the layer before, if it holds here too."""
-    # [position, sample, d_head]
+    by_position = "batch position head d_head -> position (batch head) d_head"
     before, after = (
-        reading[f"{attention}.{name}"].double().transpose(0, 1).flatten(1, 2) for name in ("hook_q", "hook_rot_q")
+        rearrange(reading[f"{attention}.{name}"].double(), by_position) for name in ("hook_q", "hook_rot_q")
     )
     if known is not None and _fits(before, known, after):
         return known
-    found = torch.linalg.lstsq(before.cpu(), after.cpu()).solution.to(before.device)
-    if not _fits(before, found, after):
+    solution = torch.linalg.lstsq(before.cpu(), after.cpu()).solution.to(before.device)
+    if not _fits(before, solution, after):
         reason = "queries are not only rotated between hook_q and hook_rot_q (normalised, say)"
         raise Unavailable(reason, f"{attention}.hook_rot_q")
-    return found
+    return solution
 
 
 @torch.no_grad()
@@ -93,10 +96,11 @@ def _configured(model: Any, layer: int, lags: int) -> Float[Tensor, "position d_
         reading = read(model, random_tokens(model, 2, lags), names)
     query, key, pattern = (reading[name].double() for name in names)
     for adjacent in (False, True):
-        found = plane_rotations(cfg.d_head, width, query.shape[1], base, adjacent).to(query.device)
-        rotated = (torch.einsum("bphd,pde->bphe", x, found) for x in (query, key))
-        if (pattern_of(model, layer, *rotated) - pattern).abs().max() <= _TOLERANCE:
-            return found
+        turns = plane_rotations(cfg.d_head, width, query.shape[1], base, adjacent).to(query.device)
+        turned = "batch position head d_head, position d_head d_to -> batch position head d_to"
+        made = pattern_of(model, layer, einsum(query, turns, turned), einsum(key, turns, turned))
+        if (made - pattern).abs().max() <= _TOLERANCE:
+            return turns
     reason = "no hook carries rotated queries, and the config's rotation doesn't give the model's pattern"
     raise Unavailable(reason, f"{attention}.hook_rot_q")
 

@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaint.errors import ActivationError
 from metaint.measures import norms, saturation
+from metaint.models.describe import is_causal
 from metaint.models.heads import repeat_heads
 from metaint.models.invariants import pattern_hook, scores_of
 from metaint.models.parameters import scaled
@@ -63,7 +65,7 @@ def scaled_pass(
 ) -> ScaledPass:
     """The model's own pass with all parameters times c. `writes`: read what sublayers add; `score_names`: the hooks on
     queries and keys as they enter the scores, if they are known."""
-    layers, there = range(int(model.cfg.n_layers)), model.hook_dict
+    layers, hook_points = range(int(model.cfg.n_layers)), model.hook_dict
     streams: dict[int, Tensor] = {}
     logs: dict[str, dict[int, Tensor]] = {}
     held: dict[str, Tensor] = {}
@@ -87,13 +89,14 @@ def scaled_pass(
         block = f"blocks.{layer}"
         hooks.append((f"{block}.hook_resid_post", partial(stream, layer=layer)))
         if writes:
-            found = [(f"{block}.{name}", partial(length, name=to, layer=layer)) for name, to in _WRITES.items()]
-            hooks += [(name, hook) for name, hook in found if name in there]
+            for name, written in _WRITES.items():
+                if f"{block}.{name}" in hook_points:
+                    hooks.append((f"{block}.{name}", partial(length, name=written, layer=layer)))
         hooks += [(f"{block}.attn.{name}", partial(scores, name=name, layer=layer)) for name in score_names]
     output = _run(model, c, batch, hooks, allow_folded)
     together = torch.stack([streams[layer] for layer in layers])
     logs["stream"] = dict(enumerate(_log(norms.norm(together))))
-    log_norms = {name: torch.stack([found[layer] for layer in sorted(found)]) for name, found in logs.items()}
+    log_norms = {name: torch.stack([by_layer[layer] for layer in sorted(by_layer)]) for name, by_layer in logs.items()}
     return ScaledPass(together, log_norms, batch.pick(output))
 
 
@@ -119,7 +122,8 @@ def published_pass(
         pattern = saturation.published_pattern(scores_of(model, layer, query, key))
         count(pattern, None, layer)
         value = repeat_heads(held.pop("hook_v"), pattern.shape[1], 2)
-        return torch.einsum("bhqk,bkhd->bqhd", pattern, value).reshape(z.shape).to(z.dtype)
+        mixed = einsum(pattern, value, "batch head query key, batch key head d_head -> batch query head d_head")
+        return mixed.reshape(z.shape).to(z.dtype)
 
     def stream(x: Tensor, hook: Any, layer: int) -> None:
         streams[layer] = x.detach().double()
@@ -173,10 +177,8 @@ def _check(x: Tensor, hook: Any, name: str, c: float, real: Bool[Tensor, "batch 
 
 def _score_length(model: Any, layer: int, query: Tensor, key: Tensor, batch: Batch) -> Float[Tensor, "batch sample"]:
     """Logarithm of the length of a query's scores, over heads and the keys it may see."""
-    from metaint.models.describe import is_causal
-
     scores = scores_of(model, layer, batch.pick(query).double(), key.double())
-    seen = batch.real[:, None, :].to(scores.device)
+    seen = rearrange(batch.real, "batch key -> batch 1 key").to(scores.device)
     if is_causal(model):
         keys = torch.arange(scores.shape[-1], device=scores.device)
         seen = seen & (keys <= batch.index.to(scores.device)[..., None])

@@ -21,34 +21,34 @@ from metaint.models.heads import repeat_heads
 def structure(model: Any, basis: Inexact[Tensor, "d_model d_model"] | None = None) -> xr.Dataset:
     """How far heads have the structure of the known minima: diagonals A and B in a basis, C = B^T A, and positions.
 
-    Of a `DiagonalAttention`: (layer, head, coordinate) `A`, `B`; (layer, coordinate, coordinate_to) `interaction`, C;
+    For a `DiagonalAttention`: (layer, head, coordinate) `A`, `B`; (layer, coordinate, coordinate_to) `interaction`, C;
     (layer) `off_diagonal_mass`, `head_orthogonality`, `effective_rank`; for contexts of T = 2, 3, ... vectors
-    (position) `positional_concentration`, `positional_ratio`, (kind, position) `block_error`. Of other models the same
+    (position) `positional_concentration`, `positional_ratio`, (kind, position) `block_error`. For other models the same
     without the last three, from the heads' W_Q W_K^T and W_V W_O in a unitary `basis` of the stream, by columns
     (default: as it is), with `outside_QK` and `outside_OV` (layer, head): what A and B leave out. See
-    `measures/recurrence.py`. Raises InputError for a basis that doesn't fit, HookAuditError for weights that aren't
+    `measures/recurrence.py`. Raises InputError for a basis that does not fit, HookAuditError for weights that are not
     what their names say.
     """
     if getattr(model, "P", None) is not None:
         if basis is not None:
-            raise InputError("basis was given, and the heads of the model are diagonal as they are; leave it out.")
+            raise InputError("basis was given, and the heads of the model are diagonal as they are: leave it out.")
         heads = [recurrence.Diagonals(model.a.detach(), model.b.detach(), torch.zeros(0), torch.zeros(0))]
-        found = _positional(heads[0], model.P.detach())
+        variables = _positional(heads[0], model.P.detach())
     else:
-        heads, found = _diagonals(model, basis), {}
+        heads, variables = _diagonals(model, basis), {}
         for name in ("outside_QK", "outside_OV"):
-            found[name] = (("layer", "head"), torch.stack([getattr(layer, name) for layer in heads]))
+            variables[name] = (("layer", "head"), torch.stack([getattr(layer, name) for layer in heads]))
     C = torch.stack([recurrence.interaction(layer.A, layer.B) for layer in heads])
     for name in ("A", "B"):
-        found[name] = (("layer", "head", "coordinate"), torch.stack([getattr(layer, name) for layer in heads]))
+        variables[name] = (("layer", "head", "coordinate"), torch.stack([getattr(layer, name) for layer in heads]))
     orthogonality = torch.stack([recurrence.head_orthogonality(layer.A, layer.B) for layer in heads])
-    found |= {
+    variables |= {
         "interaction": (("layer", "coordinate", "coordinate_to"), C),
         "off_diagonal_mass": (("layer",), recurrence.off_diagonal_mass(C)),
         "head_orthogonality": (("layer",), orthogonality),
         "effective_rank": (("layer",), recurrence.effective_rank(C)),
     }
-    data = xr.Dataset({name: (dims, value.cpu().numpy()) for name, (dims, value) in found.items()})
+    data = xr.Dataset({name: (dims, value.cpu().numpy()) for name, (dims, value) in variables.items()})
     if "position" in data.dims:
         kinds = ["unitary", "orthogonal"][: data.sizes["kind"]]
         data = data.assign_coords(position=range(2, data.sizes["position"] + 2), kind=kinds)
@@ -56,7 +56,7 @@ def structure(model: Any, basis: Inexact[Tensor, "d_model d_model"] | None = Non
 
 
 def _positional(heads: recurrence.Diagonals, P: Tensor) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-    """Of each row of P that counts, the weights of a context of T = 2, 3, ... vectors."""
+    """For each row of P that counts, the weights of a context of T = 2, 3, ... vectors."""
     n, d = len(P), heads.A.shape[1]
     rows = recurrence.positional_rows(P)
     C = recurrence.interaction(heads.A, heads.B)
@@ -76,5 +76,5 @@ def _diagonals(model: Any, basis: Tensor | None) -> list[recurrence.Diagonals]:
     W_K, W_V = (repeat_heads(weight.detach(), n_heads, 1) for weight in (model.W_K, model.W_V))
     basis = torch.eye(width, dtype=W_Q.dtype, device=W_Q.device) if basis is None else basis.to(W_Q.device)
     if basis.shape != (width, width):
-        raise InputError(f"basis is {list(basis.shape)}; give a unitary matrix of the stream, {[width, width]}.")
+        raise InputError(f"basis is {list(basis.shape)}: give a unitary matrix of the stream, {[width, width]}.")
     return [recurrence.diagonals_in(basis, q @ k.mT, v @ o) for q, k, v, o in zip(W_Q, W_K, W_V, W_O, strict=True)]

@@ -11,17 +11,18 @@ from metaint.models.describe import check_open
 
 def first_id(model: Any, bos: bool | None) -> int | None:
     """The BOS to begin with: as asked, or (None) as the model's own `to_tokens` would; None for no BOS."""
-    found = bos_id(model)
-    if bos and found is None:
+    if bos is None:
+        bos = bool(getattr(model.cfg, "default_prepend_bos", True))
+    elif bos and bos_id(model) is None:
         raise InputError("bos was asked for, and this model's tokenizer has none: leave it out.")
-    return found if (getattr(model.cfg, "default_prepend_bos", True) if bos is None else bos) else None
+    return bos_id(model) if bos else None
 
 
 def bos_id(model: Any) -> int | None:
     """The id of the model's beginning-of-sequence token, or None."""
     tokenizer = getattr(model, "tokenizer", None)
-    found = getattr(tokenizer, "bos_token_id", None)
-    return int(found) if found is not None and found < model.cfg.d_vocab else None
+    known = getattr(tokenizer, "bos_token_id", None)
+    return int(known) if known is not None and known < model.cfg.d_vocab else None
 
 
 def starts_with_bos(model: Any, tokens: Tensor, mask: Tensor | None) -> bool:
@@ -35,9 +36,10 @@ def encoded(model: Any, tokens: Tensor | str) -> Tensor:
     check_open(model)
     if not isinstance(tokens, str):
         return tokens
-    if not hasattr(model, "to_tokens"):
+    to_tokens = getattr(model, "to_tokens", None)
+    if to_tokens is None:
         raise InputError(f"tokens is a text, and a {type(model).__name__} has no to_tokens: pass token ids.")
-    return model.to_tokens(tokens)
+    return to_tokens(tokens)
 
 
 def check_tokens(model: Any, tokens: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:

@@ -21,12 +21,11 @@ except ImportError:  # TransformerLens 2
     from transformer_lens.hook_points import HookedRootModule
 
 __all__ = ["ACTIVATIONS", "MLP", "Attention", "Block", "Hooked", "HookedRootModule", "LayerNorm"]
-__all__ += ["check_sizes", "next_token_loss", "real_tokens", "stacked"]
+__all__ += ["check_sizes", "next_token_loss", "out_of_heads", "real_tokens", "stacked"]
 
 ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu}
-# What a projection does to the stream, head by head, and back.
+# What a projection does to the stream, head by head.
 INTO_HEADS = "batch position d_model, head d_model d_head -> batch position head d_head"
-OUT_OF_HEADS = "batch position head d_head, head d_head d_model -> batch position d_model"
 # Scores of queries and keys, and what a pattern takes of the values.
 SCORES = "batch query head d_head, batch key head d_head -> batch head query key"
 MIX = "batch head query key, batch key head d_head -> batch query head d_head"
@@ -35,6 +34,15 @@ MIX = "batch head query key, batch key head d_head -> batch query head d_head"
 def stacked(name: str) -> Any:
     """A property of a model: this weight of every layer's attention, [layer, ...]."""
     return property(lambda model: torch.stack([getattr(block.attn, name) for block in model.blocks]))
+
+
+def out_of_heads(z: Tensor, W_O: Tensor) -> Tensor:
+    """What heads write together, [batch, position, d_model].
+
+    Letters, since they say that heads are summed innermost: in another order the last bit differs, and no training run
+    would repeat an earlier one.
+    """
+    return torch.einsum("bqhd,hdm->bqm", z, W_O)
 
 
 def check_sizes(**sizes: int) -> None:
@@ -136,7 +144,7 @@ class Attention(Hooked):
         scores = einsum(q, k, SCORES) / math.sqrt(self.cfg.d_head)
         pattern = self.hook_pattern(self.hook_attn_scores(scores.masked_fill(~visible, -math.inf)).softmax(-1))
         z = self.hook_z(einsum(pattern, v, MIX))
-        return self.hook_out(einsum(z, self.W_O, OUT_OF_HEADS) + self.b_O)
+        return self.hook_out(out_of_heads(z, self.W_O) + self.b_O)
 
 
 class MLP(Hooked):

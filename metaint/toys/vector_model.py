@@ -19,12 +19,12 @@ from metaint.errors import InputError
 from metaint.toys.parts import (
     INTO_HEADS,
     MIX,
-    OUT_OF_HEADS,
     SCORES,
     Attention,
     Hooked,
     HookedRootModule,
     LayerNorm,
+    out_of_heads,
     stacked,
 )
 
@@ -179,7 +179,7 @@ class _LinearAttention(Attention):
         scores = einsum(q, k.conj(), SCORES) / self.cfg.attn_scale
         pattern = self.hook_pattern(self.hook_attn_scores(scores.masked_fill(~visible, 0.0)))
         z = self.hook_z(einsum(pattern, v, MIX))
-        return self.hook_out(einsum(z, W_O, OUT_OF_HEADS) + self.b_O)
+        return self.hook_out(out_of_heads(z, W_O) + self.b_O)
 
 
 def _draw(model: VectorModel) -> None:

@@ -9,7 +9,7 @@ import xarray as xr
 
 import metaint
 from metaint.circuits.ablation import ablate
-from metaint.circuits.experiment import _cycle
+from metaint.circuits.experiment import cycle
 from metaint.circuits.metrics import in_context_loss, next_token_loss
 from metaint.errors import HookAuditError, InputError
 from metaint.models.describe import sublayers_of
@@ -160,7 +160,7 @@ def test_every_part_at_positions_like_a_plain_pass(kind, how, positions):
     """Grouped queries, parallel blocks, norms that follow what an MLP writes, both directions: by run_with_hooks."""
     model = shared(kind)
     tokens = TOKENS % model.cfg.d_vocab
-    donors = _cycle(len(TOKENS), 3).tolist()
+    donors = cycle(len(TOKENS), 3).tolist()
     stand, patterns = stands(model, tokens, how, donors)
     names = every_part(model)
     sets = {"mixed": [names[1], names[-1], *(name for name in names if name.startswith("mlp"))]}

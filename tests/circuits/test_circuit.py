@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import metaint
-from metaint.circuits import circuit
+from metaint.circuits import counting
 from metaint.circuits.ablation import ablate
 from metaint.circuits.circuit import trace_circuit
 from metaint.circuits.metrics import in_context_loss, next_token_loss
-from metaint.circuits.paths import has_mlps
+from metaint.circuits.subject import subject_of
 from metaint.errors import InputError
 from metaint.measures.composition import composition, read_factor, write_factor
 from metaint.models.folded import folded_weights
@@ -172,7 +172,7 @@ def test_every_kind(kind):
     assert found.graph["paths"] == ""
     kinds = {found.nodes[node]["kind"] for node in found}
     assert {"embedding", "logits", "head"} <= kinds
-    assert ("mlp" in kinds) == has_mlps(model)
+    assert ("mlp" in kinds) == subject_of(model).has_mlps
     depth = {node: (found.nodes[node]["layer"], found.nodes[node]["kind"] == "mlp") for node in found}
     assert all(depth[writer] < depth[reader] for writer, reader in found.edges)
     for writer, reader, edge in found.edges(data=True):
@@ -210,7 +210,7 @@ def test_no_trace_is_left_nor_after_an_exception(planted, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr("metaint.circuits.passes._edit_z", fail)
+    monkeypatch.setattr("metaint.circuits.variants.edit_z", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         trace_circuit(planted, TOKENS, random=2)
     assert traces(planted) == before
@@ -220,7 +220,7 @@ def test_where_paths_can_not_be_followed(planted, monkeypatch):
     def unavailable(*args):
         raise Unavailable("weights are not to be trusted")
 
-    monkeypatch.setattr(circuit, "wiring_of", unavailable)
+    monkeypatch.setattr(counting, "wiring_of", unavailable)
     found = trace_circuit(planted, TOKENS, random=10)
     assert list(found) == ["embedding", "0.0", "1.0", "logits"]
     assert not found.edges

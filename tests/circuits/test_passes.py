@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from metaint.circuits import passes
+from metaint.circuits import variants as module
 from metaint.circuits.clean import clean_pass
-from metaint.circuits.passes import Variant, outcomes, read_by_mlp
+from metaint.circuits.passes import outcomes, read_by_mlp
+from metaint.circuits.subject import subject_of
 from metaint.circuits.trial import begins_anywhere
+from metaint.circuits.variants import Variant
 from metaint.models.audit import holds
 from metaint.models.describe import sublayers_of
 from metaint.models.reading import steady
@@ -102,13 +104,13 @@ def test_like_whole_passes(kind, places):
     model = shared(kind)
     writes = sublayers_of(model) != "attention" and holds(model, "residual")
     with steady(model):
-        clean = clean_pass(model, TOKENS, places, mlps=writes)
+        clean = clean_pass(subject_of(model), TOKENS, places, mlps=writes)
         cases = edits_of(model, clean)
         expected = [plain(model, edits) for edits in cases]
         assert all(float((some - plain(model, [])).abs().max()) > 1e-3 for some in expected)
         for rows in (3, 7):
             for anywhere in (True, False) if kind != "bert" else (False,):
-                found = dict(outcomes(model, clean, [variant_of(case) for case in cases], rows, anywhere))
+                found = dict(outcomes(clean, [variant_of(case) for case in cases], rows, anywhere))
                 assert sorted(found) == list(range(len(cases)))
                 for i, logits in enumerate(expected):
                     logits = logits if places is None else logits[places]
@@ -117,7 +119,7 @@ def test_like_whole_passes(kind, places):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bert"])
 def test_every_kind_can_begin_in_the_middle(kind):
-    assert begins_anywhere(shared(kind)) == ""
+    assert begins_anywhere(subject_of(shared(kind))) == ""
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bert"])
@@ -144,12 +146,12 @@ def test_later_layers_attend_as_before(kind):
         model.run_with_hooks(TOKENS, fwd_hooks=first)
         hooks = [(f"{name}.hook_v", lambda x, hook: values.update({int(hook.name.split(".")[1]): x})) for name in names]
         expected = model.run_with_hooks(TOKENS, fwd_hooks=[*hooks, *((f"{name}.hook_z", forced) for name in names)])
-        clean = clean_pass(model, TOKENS, None, patterns=True)
+        clean = clean_pass(subject_of(model), TOKENS, None, patterns=True)
         zero = Variant({0: {0: torch.zeros(())}})
         for anywhere in (True, False):
-            for _, found in outcomes(model, clean, [zero, zero], 6, anywhere, preserve=True):
+            for _, found in outcomes(clean, [zero, zero], 6, anywhere, preserve=True):
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-        free = next(iter(outcomes(model, clean, [zero], 6, True)))[1]
+        free = next(iter(outcomes(clean, [zero], 6, True)))[1]
     assert kind == "by hand" or float((free - expected).abs().max()) > 1e-6
 
 
@@ -160,9 +162,9 @@ def test_what_an_mlp_reads(kind):
     """Adding to the stream before a block what leaves its attention as it was, and nothing, changes its MLP alone."""
     model = shared(kind)
     with steady(model):
-        clean = clean_pass(model, TOKENS, None, mlps=True)
+        clean = clean_pass(subject_of(model), TOKENS, None, mlps=True)
         change = torch.randn(clean.streams[1].shape, generator=torch.Generator().manual_seed(3))
-        same, other = read_by_mlp(model, clean, 1, [clean.streams[1], clean.streams[1] + change])
+        same, other = read_by_mlp(clean, 1, [clean.streams[1], clean.streams[1] + change])
         torch.testing.assert_close(same, clean.mlp[1], rtol=1e-5, atol=1e-5)
         assert float((other - same).abs().max()) > 1e-4
         # What is written by hand: the block's own MLP on a stream that holds the change.
@@ -184,21 +186,21 @@ def test_what_an_mlp_reads(kind):
 def test_no_trace_is_left_nor_after_an_exception(kind, anywhere, monkeypatch):
     model = shared(kind)
     model(TOKENS)
-    begins_anywhere(model)
+    begins_anywhere(subject_of(model))
     before = traces(model)
     variants = [Variant({layer: {0: torch.zeros(())}}) for layer in (0, 1)]
     with steady(model):
-        clean = clean_pass(model, TOKENS, PLACES, patterns=True)
-        list(outcomes(model, clean, variants, 6, anywhere, preserve=True))
+        clean = clean_pass(subject_of(model), TOKENS, PLACES, patterns=True)
+        list(outcomes(clean, variants, 6, anywhere, preserve=True))
     assert traces(model) == before
 
     def fail(*args, **kwargs):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(passes, "_edit_z", fail)
+    monkeypatch.setattr(module, "edit_z", fail)
     both = Variant({0: {0: torch.zeros(())}, 1: {0: torch.zeros(())}})
     with steady(model), pytest.raises(RuntimeError, match="on purpose"):
-        list(outcomes(model, clean, [both], 6, anywhere))
+        list(outcomes(clean, [both], 6, anywhere))
     assert traces(model) == before
 
 
@@ -208,8 +210,8 @@ def test_a_block_with_a_forward_of_its_own_keeps_it():
     own = type(block).forward.__get__(block)
     block.__dict__["forward"] = own
     with steady(model):
-        clean = clean_pass(model, TOKENS, None)
-        list(outcomes(model, clean, [Variant({1: {0: torch.zeros(())}})], 6, True))
+        clean = clean_pass(subject_of(model), TOKENS, None)
+        list(outcomes(clean, [Variant({1: {0: torch.zeros(())}})], 6, True))
     assert block.__dict__["forward"] is own
 
 
@@ -218,10 +220,10 @@ def test_a_block_with_a_forward_of_its_own_keeps_it():
 
 def test_hooks_on_the_model_run_in_whole_passes():
     model = model_of("pre")
-    assert begins_anywhere(model) == ""
+    assert begins_anywhere(subject_of(model)) == ""
     with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda x, hook: None)]):
-        assert begins_anywhere(model).startswith("hooks are on the model")
-    assert begins_anywhere(model) == ""
+        assert begins_anywhere(subject_of(model)).startswith("hooks are on the model")
+    assert begins_anywhere(subject_of(model)) == ""
 
 
 def test_a_model_that_looks_back_past_the_stream_is_found_out():
@@ -230,7 +232,7 @@ def test_a_model_that_looks_back_past_the_stream_is_found_out():
     kept = {}
     model.blocks[0].register_forward_hook(lambda module, args, output: kept.update(first=output.detach()))
     model.blocks[2].register_forward_hook(lambda module, args, output: output + kept["first"][: len(output)] * 3)
-    assert "gives other logits" in begins_anywhere(model)
+    assert "gives other logits" in begins_anywhere(subject_of(model))
 
 
 def test_a_model_that_will_not_be_stacked_is_found_out():
@@ -242,4 +244,6 @@ def test_a_model_that_will_not_be_stacked_is_found_out():
 
     holds(model, "edit_mlp")  # before it refuses
     model.embed.register_forward_pre_hook(refuse)
-    assert begins_anywhere(model) == "a pass that begins in the middle fails (ValueError: too many sequences)"
+    assert (
+        begins_anywhere(subject_of(model)) == "a pass that begins in the middle fails (ValueError: too many sequences)"
+    )

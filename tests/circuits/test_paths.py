@@ -8,7 +8,8 @@ import torch
 
 from metaint.circuits.experiment import batches, set_up
 from metaint.circuits.metrics import next_token_loss
-from metaint.circuits.paths import COMPONENTS, EMBEDDING, LOGITS, Path, cut, has_mlps, wiring_of, writers_of
+from metaint.circuits.paths import COMPONENTS, EMBEDDING, LOGITS, Path, cut, wiring_of, writers_of
+from metaint.circuits.subject import subject_of
 from metaint.models.describe import sublayers_of
 from metaint.models.reading import Unavailable
 from metaint.tasks import repeated_tokens
@@ -35,8 +36,8 @@ def model_of(kind):
 
 
 def cut_by_us(model, paths, how="zero", tokens=TOKENS, batch_size=8, metric="next_token_loss"):
-    experiment = set_up(model, tokens, how, metric, batch_size=batch_size, seed=0)
-    return cut(experiment, wiring_of(model, tokens.shape[1]), paths)
+    experiment = set_up(subject_of(model), tokens, how, metric, batch_size=batch_size, seed=0)
+    return cut(experiment, wiring_of(subject_of(model), tokens.shape[1]), paths)
 
 
 def run(model, edits, names):
@@ -110,7 +111,7 @@ def by_hooks(model, path):
 def test_paths_into_heads(kind):
     model = model_of(kind).eval()
     paths = [Path(writer, (1, 2), by) for writer in (EMBEDDING, (0, 1), (0, 3)) for by in COMPONENTS]
-    if has_mlps(model):
+    if subject_of(model).has_mlps:
         paths += [Path((0, None), (1, 0), by) for by in COMPONENTS]
     found = cut_by_us(model, paths)
     clean = run(model, {}, [])[0].double()
@@ -125,13 +126,13 @@ def test_paths_into_heads(kind):
 def test_paths_to_the_logits_and_into_mlps(kind):
     model = model_of(kind).eval()
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    writers = [EMBEDDING, (0, 1), (1, 2), *([(1, None)] if has_mlps(model) else [])]
+    writers = [EMBEDDING, (0, 1), (1, 2), *([(1, None)] if subject_of(model).has_mlps else [])]
     found = cut_by_us(model, [Path(writer, LOGITS) for writer in writers])[1:]
     for writer, value in zip(writers, found, strict=True):
         missing = contribution(model, writer)
         expected, _ = run(model, {last: lambda x, hook, missing=missing: x - missing}, [])
         torch.testing.assert_close(value, expected.double(), rtol=0, atol=1e-4)
-    if not has_mlps(model):
+    if not subject_of(model).has_mlps:
         return
     block = "blocks.1"
     held = run(model, {}, [f"{block}.attn.hook_z"])[1][f"{block}.attn.hook_z"]
@@ -157,7 +158,7 @@ def test_like_transformer_lens(kind, how):
     if not hasattr(patching, "get_act_patch_direct_path"):
         pytest.skip("this TransformerLens has no exact path patching")
     model, letters = build(kind), "q" if kind == "llama" else "qkv"
-    experiment = set_up(model, TOKENS, how, "next_token_loss", batch_size=8, seed=0)
+    experiment = set_up(subject_of(model), TOKENS, how, "next_token_loss", batch_size=8, seed=0)
     (_, clean, stand), *_ = batches(experiment)
     found = cut_by_us(model, [Path((0, 3), (1, head), by) for by in letters for head in range(4)], how)
     ablated = clean.z[0].clone()
@@ -205,27 +206,27 @@ def test_batches_do_not_matter():
 def test_who_reads_whom():
     model = model_of("pre")
     nodes = [EMBEDDING, (0, 0), (0, 1), (0, None), (1, 0), (1, None), LOGITS]
-    assert writers_of(model, (0, 0), nodes) == [EMBEDDING]
-    assert writers_of(model, (0, None), nodes) == [EMBEDDING, (0, 0), (0, 1)]
-    assert writers_of(model, (1, 0), nodes) == nodes[:4]
-    assert writers_of(model, LOGITS, nodes) == nodes[:-1]
-    assert writers_of(model_of("parallel"), (0, None), nodes) == [EMBEDDING]
-    assert writers_of(model_of("parallel"), (1, None), nodes) == nodes[:4]
+    assert writers_of(subject_of(model), (0, 0), nodes) == [EMBEDDING]
+    assert writers_of(subject_of(model), (0, None), nodes) == [EMBEDDING, (0, 0), (0, 1)]
+    assert writers_of(subject_of(model), (1, 0), nodes) == nodes[:4]
+    assert writers_of(subject_of(model), LOGITS, nodes) == nodes[:-1]
+    assert writers_of(subject_of(model_of("parallel")), (0, None), nodes) == [EMBEDDING]
+    assert writers_of(subject_of(model_of("parallel")), (1, None), nodes) == nodes[:4]
 
 
 def test_models_whose_weights_are_not_trusted():
     with pytest.raises(Unavailable, match="attention_input"):
-        wiring_of(small_transformer(norm="post", **SIZES), 8)
+        wiring_of(subject_of(small_transformer(norm="post", **SIZES)), 8)
 
 
 def test_where_patterns_can_not_be_made_only_values_are_followed():
     """Positions that enter as a bias, say; and a rotation that isn't the model's is found out."""
     model = model_of(KINDS[0])
-    experiment = set_up(model, TOKENS, "zero", "next_token_loss", batch_size=8, seed=0)
+    experiment = set_up(subject_of(model), TOKENS, "zero", "next_token_loss", batch_size=8, seed=0)
     paths = [Path((0, 0), (1, 1), by) for by in COMPONENTS]
     expected = cut_by_us(model, paths)
     for change in ({"opaque": "a bias"}, {"rotation": {1: torch.eye(8).flip(0).expand(16, 8, 8) * 2}}):
-        wiring = wiring_of(model, TOKENS.shape[1])
+        wiring = wiring_of(subject_of(model), TOKENS.shape[1])
         for name, value in change.items():
             setattr(wiring, name, value)
         found = cut(experiment, wiring, paths)

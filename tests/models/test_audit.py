@@ -173,7 +173,7 @@ def test_require_passes_what_holds_and_says_what_fails() -> None:
 
 
 def test_require_refuses_unknown_checks() -> None:
-    with pytest.raises(InputError, match=r"^checks has 'pattern_sum'; it should name checks of the audit: patt"):
+    with pytest.raises(InputError, match=r"^checks has 'pattern_sum': name checks of the audit \(patt"):
         require(HandMade(), ["pattern_sum"])
 
 

@@ -278,14 +278,14 @@ def test_quantised_weights(any_model):
     parameter = next(any_model.parameters())
     parameter.requires_grad_(False)
     parameter.data = torch.zeros_like(parameter, dtype=torch.int8)
-    with pytest.raises(ModelError, match=r"can't be made anew: its weights are quantised; open it in a floating dtype"):
+    with pytest.raises(ModelError, match=r"can't be made anew: its weights are quantised: open it in a floating dtype"):
         fresh_model(any_model)
 
 
 def test_weights_that_are_nowhere(any_model):
     meta = nn.Module.to(any_model, "meta")
     with pytest.raises(
-        ModelError, match=r"can't be made anew: its weights are on (cpu, )?meta; put them on one device"
+        ModelError, match=r"can't be made anew: its weights are on (cpu, )?meta: put them on one device"
     ):
         fresh_model(meta)
 

@@ -72,9 +72,9 @@ def test_heads_of_any_model_are_seen_in_a_basis(kind):
 
 
 def test_a_basis_that_does_not_fit_is_said(gpt2):
-    with pytest.raises(InputError, match=r"^basis is \[3, 3\]; give a unitary matrix of the stream, \[32, 32\]\.$"):
+    with pytest.raises(InputError, match=r"^basis is \[3, 3\]: give a unitary matrix of the stream, \[32, 32\]\.$"):
         structure(gpt2, torch.eye(3))
     with pytest.raises(
-        InputError, match=r"^basis was given, and the heads of the model are diagonal as they are; leave"
+        InputError, match=r"^basis was given, and the heads of the model are diagonal as they are: leave"
     ):
         structure(unitary_minimum(4, 4, 6), torch.eye(4))
