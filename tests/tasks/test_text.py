@@ -58,7 +58,7 @@ def test_batch_bos_and_seed():
         (
             "abc",
             {"length": 5},
-            "text has 3 tokens, fewer than the 5 that one window of length 5 needs; "
+            "text has 3 tokens, fewer than the 5 that one window of length 5 needs: "
             "give a longer text or a smaller length.",
         ),
         ("abc", {"length": 0}, "length is 0: give at least 1, so that a token of the text fits."),
