@@ -103,12 +103,13 @@ def recur(
         probe, derive = RecurrenceProbe(descents, decode_at, seed), recurrence.effective_matrix
         for start in tqdm(range(0, len(vectors), batch_size), desc="recur", disable=not progress, leave=False):
             rows = slice(start, start + batch_size)
-            contexts, found = vectors[rows, :-1], None
+            contexts, matrices_made = vectors[rows, :-1], None
             with attach(model, probe):
                 predicted = predict(contexts)
             if index:
-                found, derive = _derive(derive, _holding(model, contexts) if held else predict, contexts, index)
-            probe.update(vectors[rows], matrices[rows], predicted, found, [i + 1 for i in index])
+                differentiated = _holding(model, contexts) if held else predict
+                matrices_made, derive = _derive(derive, differentiated, contexts, index)
+            probe.update(vectors[rows], matrices[rows], predicted, matrices_made, [i + 1 for i in index])
     facts |= {"derivative": "backward" if derive is _backward else "forward", "fitted_sequences": fitted}
     facts |= {"task": "autoregressive", "d": vectors.shape[2], "vectors_shape": list(vectors.shape), "seed": seed}
     return assemble([probe], {**facts, "eta": float(descents["gradient_step"].eta[-1]), **(attributes or {})})
