@@ -202,7 +202,19 @@ def toy_tokens(model: Any, batch: int, length: int, seed: int = 0) -> Int[Tensor
     return task.sample(batch, length, seed).tokens[:, :length]
 
 
-def run(console: Console, model: Any, tokens: Tensor, out: Path, title: str, **arguments: Any) -> Findings:
+def run(
+    console: Console,
+    model: Any,
+    tokens: Tensor,
+    out: Path,
+    title: str,
+    *,
+    positions: int = 64,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+    attributes: Mapping[str, Any] | None = None,
+) -> Findings:
     """Study a model, print the verdicts, and write figures, verdicts and scans to the folder `out`.
 
     Raises StoreError if the folder can't be written.
@@ -215,7 +227,8 @@ def run(console: Console, model: Any, tokens: Tensor, out: Path, title: str, **a
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"the folder {out} can't be made ({error.strerror or error}).") from error
-    found = study(model, tokens, **arguments)
+    options: Any = {"positions": positions, "batch_size": batch_size, "seed": seed}
+    found = study(model, tokens, **options, progress=progress, attributes=attributes)
     print_verdicts(console, found.verdicts, title)
     figures = {"residual": plot_residual(found.scans), "inner": plot_inner(found.scans)}
     write_page(figures, out / "figures.html", f"Inner optimisation: {title}")

@@ -22,8 +22,10 @@ import xarray as xr
 from metaint.errors import MetaintError, StoreError
 from metaint.scans.recordings import root_of
 
-# Many small records share a file, so that a long recording opens fast.
-_CHUNK_BYTES, _CHUNK_RECORDS = 2**16, 256
+# Many small records share a file, so that a long recording opens fast: up to so many bytes,
+_CHUNK_BYTES = 2**16
+# and so many records.
+_CHUNK_RECORDS = 256
 
 
 def with_step(data: xr.Dataset, step: int) -> xr.Dataset:
@@ -39,11 +41,17 @@ def _moves(variable: xr.Variable) -> bool:
 
 
 def layout_of(groups: Mapping[str, xr.Dataset]) -> dict[str, Any]:
-    """What all records share: the dimensions, sizes and type of what moves, and what doesn't move. Scalars may vary."""
-    found = {
-        f"/{group}/{n}": v for group, data in groups.items() for n, v in data.variables.items() if group != "training"
-    }
-    return {n: str((v.dims, v.shape[1:], v.dtype.str) if _moves(v) else v.values.tolist()) for n, v in found.items()}
+    """What all records share: dimensions, sizes and type of what moves, and what does not move. Scalars may vary."""
+    layout = {}
+    for group, data in groups.items():
+        if group == "training":
+            continue
+        for name, variable in data.variables.items():
+            if _moves(variable):
+                layout[f"/{group}/{name}"] = str((variable.dims, variable.shape[1:], variable.dtype.str))
+            else:
+                layout[f"/{group}/{name}"] = str(variable.values.tolist())
+    return layout
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Recording over training: a scan every so often along a `step` dimension, in a Zarr store that survives a kill.
 
 In: the loop's own calls, a `transformers.Trainer`, or a loop that can't be edited. Out: `read_recording(path)`.
-How records lie in the store, and why a kill does them no harm, is in `records.py`.
+How records lie in the store, and why a kill does them no harm, is in `record_store.py`.
 """
 
 import hashlib
@@ -36,14 +36,28 @@ _SAME = ("model", "weights", "dtype", "n_layers", "n_heads", "attention", "seed"
 class Recorder:
     """Scans a model while it is trained: call it with the step after each optimiser step.
 
-    `every` is a number of steps, the steps themselves, or a function of the step; `probes` are reset before each
-    record; `tokens`, `batch_size`, `seed` and `attributes` are those of `metaint.scan`, and the tokens stay the same.
+    - `probes`: what is read; they are reset before each record.
+    - `every`: a number of steps, the steps themselves, or a function of the step.
+    - `path`: the Zarr store. It must not exist, unless `resume` goes on after its last whole record.
+    - `tokens`, `batch_size`, `seed`, `attributes`: as in `metaint.scan`; the tokens stay the same.
+
     Scans run in evaluation mode, without gradients and autocast, and leave modes and random states as they were.
-    `path` must not exist, unless `resume` goes on after its last whole record. `last` is the last scan made. Where
-    several processes train, only one may record.
+    `last` is the last scan made. Where several processes train, only one may record.
 
     Raises InputError for arguments that don't fit, or another model, tokens or probes than those at `path`;
     StoreError if something is in the way at `path`, damaged, or can't be written.
+
+    >>> import metaint, tempfile
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model = small_transformer(norm="pre", **sizes)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     recorder = metaint.Recorder(model, [metaint.HeadProbe()], every=2, path=f"{folder}/run.zarr")
+    ...     for step in range(4):
+    ...         scan = recorder(step, loss=1 / (1 + step))  # after each step of an optimiser
+    ...     recording = metaint.read_recording(f"{folder}/run.zarr")
+    >>> recording["heads"]["induction"].sizes
+    Frozen({'step': 2, 'layer': 1, 'head': 2})
     """
 
     def __init__(
@@ -73,12 +87,12 @@ class Recorder:
         self.last: xr.DataTree | None = None
         self._steps: list[int] = []
         self._layout: dict[str, Any] = {}  # of every record
-        with writing(self._path):  # told now rather than after hours of training
+        with writing(self._path):  # fails now rather than after hours of training
             if self._path.exists():
                 self._open(resume, {**facts_of(model), "seed": seed, **facts})
             self._path.parent.mkdir(parents=True, exist_ok=True)
         self._step = max(self._steps, default=0)
-        self._found = max(self._steps, default=-math.inf)
+        self._resumed = max(self._steps, default=-math.inf)
 
     @property
     def steps(self) -> list[int]:
@@ -104,27 +118,27 @@ class Recorder:
         for probe in self._probes:
             probe.reset()
         with _undisturbed(self._model):
-            found = self._scan()
-        groups = {name: group.to_dataset() for name, group in found.children.items()} | {"training": training}
-        self._write({name: with_step(data, step) for name, data in groups.items()}, found.attrs)
+            scanned = self._scan()
+        groups = {name: group.to_dataset() for name, group in scanned.children.items()} | {"training": training}
+        self._write({name: with_step(data, step) for name, data in groups.items()}, scanned.attrs)
         self._steps.append(step)
-        self.last = found
-        return found
+        self.last = scanned
+        return scanned
 
     @contextmanager
     def following(self, start: int | None = None) -> Iterator["Recorder"]:
         """Count and record the optimiser steps that train this model inside the `with` block, whoever takes them.
 
         Step `start` (default: the last this recorder was called with or resumed from, else 0) is recorded on the way
-        in; steps that `resume` has found are passed over. Of several optimisers at once, the first to step counts.
+        in; steps that `resume` has found are passed over. Where several optimisers step, the first to do so counts.
         `/training` gets the `loss` of the last forward pass that returned one to be trained on.
         """
         step, counted, loss = self._step if start is None else whole(start, "start"), set[int](), {}
 
         def after_forward(module: Any, args: Any, output: Any) -> None:
-            found = getattr(output, "loss", output)
-            if isinstance(found, Tensor) and found.ndim == 0 and found.requires_grad:
-                loss["loss"] = found.detach()
+            returned = getattr(output, "loss", output)
+            if isinstance(returned, Tensor) and returned.ndim == 0 and returned.requires_grad:
+                loss["loss"] = returned.detach()
 
         def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             nonlocal step
@@ -172,21 +186,21 @@ class Recorder:
     def _advance(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Record for a loop that can't be told which steps are there already, or that begins where the last ended."""
         self._step = step
-        if step > self._found and self._steps[-1:] != [step]:
+        if step > self._resumed and self._steps[-1:] != [step]:
             self(step, **scalars)
 
     def _open(self, resume: bool, here: Mapping[str, Any]) -> None:
         """Go on with the store at `path`: drop what a kill left of a torn record, and learn how records look."""
         if not resume:
             raise StoreError(f"{self._path} exists: give another path, or resume=True to go on with a recording there.")
-        there = root_of(self._path)["attributes"]
+        stored = root_of(self._path)["attributes"]
         for name in _SAME:
-            if there.get(name) != here[name]:
+            if stored.get(name) != here[name]:
                 raise InputError(
-                    f"path is {self._path}, a recording with {name} {there.get(name)!r}, and this recorder has "
+                    f"path is {self._path}, a recording with {name} {stored.get(name)!r}, and this recorder has "
                     f"{here[name]!r}: resume with the same model, tokens and probes, or give another path."
                 )
-        groups = groups_of(self._path, there["records"])
+        groups = groups_of(self._path, stored["records"])
         self._layout, self._steps = layout_of(groups), groups["training"]["step"].values.tolist()
         trim(self._path, len(self._steps))
 

@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 from metaint.errors import InputError
 from metaint.measures import recurrence
 from metaint.models.describe import check_open, is_causal
-from metaint.models.reading import random_tokens, steady
+from metaint.models.reading import steady
 from metaint.probes.descents import tuned_descents
 from metaint.probes.probe import quietly
 from metaint.probes.recurrence import RecurrenceProbe, indices_of
+from metaint.scanning.feeding import Predict, predictor, takes_vectors
+from metaint.scanning.given import check_batch_size, check_seed
 from metaint.scanning.scan import attach
 from metaint.scans.assemble import assemble
-
-Predict = Callable[[Tensor], Tensor]
 
 # Contexts whose effective matrices are read by default, at most: each costs d further passes.
 _CHOSEN = 12
@@ -49,52 +49,68 @@ def recur(
 ) -> xr.DataTree:
     """Compare a model's predictions of s_{T+1}, and the matrix it goes by, with gradient descent and least squares.
 
-    `vectors` and `matrices` are those of `tasks.autoregressive`. At every context length T below the number of vectors:
-    `loss` and that of each baseline, and `prediction_difference` to one gradient step. At the lengths in `positions`
-    (default: up to 12, evenly from 2 on; `()` for none) the effective matrix d prediction / d s_T is made and compared:
-    `sensitivity_cosine` and `model_difference` with one gradient step; with each reference (reference, position)
-    `effective_matrix_cosine` and its null, `effective_matrix_error`, and all three as `reference_<name>`. And
-    `decodability` (layer) of W from the stream at T = `decode_at` (default: the last).
-    References: "truth" (W), "gradient_step" (with `eta`, or the best on these sequences), "gradient_steps_k" for each
-    k of `steps` (see `tuned_descents`), "least_squares".
+    - `vectors` [batch, position, d], `matrices` [batch, d, d]: those of `tasks.autoregressive`.
+    - `positions`: lengths of contexts whose effective matrices are read (default: up to 12, evenly from 2 on; `()` for
+      none, which saves d passes each).
+    - `steps`: numbers k of gradient steps to compare with (`tuned_descents`).
+    - `eta`: the size of one gradient step; by default the best on these sequences.
+    - `hold_values`: hold keys and values of all layers while s_T changes, so that it acts as a query alone: the matrix
+      that linear attention applies. Otherwise s_T is also a value, which adds eta <s_{T-1}, s_T> I to one gradient
+      step's matrix. Default: True for linear attention on augmented tokens, False for others, where s_T reaches the
+      prediction by other ways, or (diagonal heads, whose query is s_{T-1}) by values alone. For models that take
+      vectors.
+    - `decode_at`: the context length at which W is decoded from the stream (default: the last).
+    - `embedding` [d, d_model]: how vectors are fed to a model that takes tokens, in place of its token embeddings, with
+      positions, norms and scales as it adds them (default: a random map with orthonormal rows).
+    - `readout`: a torch function of its last stream [batch, position, d_model] that predicts. Without one, the first
+      half of the sequences fits one by ridge regression, the same affine map at all T, of the last stream divided by
+      its root mean square, and the other half alone is reported. That tells what is linearly there, not what the model
+      would say.
 
-    A model that takes vectors predicts by its output. Into any other, vectors are fed by `embedding` (default: a random
-    map with orthonormal rows) in place of its token embeddings, with positions, norms and scales as it adds them; what
-    it predicts is `readout` of its last stream [batch, position, d_model], any torch function. Without a readout, the
-    first half of the sequences fits one by ridge regression, the same affine map at all T, of the last stream divided
-    by its root mean square, and the other half alone is reported. That tells what is linearly there, not what the
-    model would say.
-
-    `hold_values` holds keys and values of all layers while s_T changes, so that it acts as a query alone: the matrix
-    that linear attention applies. Otherwise s_T is also a value, which adds eta <s_{T-1}, s_T> I to one gradient step's
-    matrix. Default: True for linear attention on augmented tokens, False for others, where s_T reaches the prediction
-    by other ways, or (diagonal heads, whose query is s_{T-1}) by values alone. For models that take vectors.
+    `/recurrence` gets, at every context length T below the number of vectors (position): `loss` and that of each
+    baseline, and `prediction_difference` to one gradient step. At `positions`, where the effective matrix
+    d prediction / d s_T is made: `sensitivity_cosine` and `model_difference` with one gradient step; with each
+    reference (reference, position) `effective_matrix_cosine` and its null, `effective_matrix_error`, and all three as
+    `reference_<name>`. And `decodability` (layer) of W. References: "truth" (W), "gradient_step", "gradient_steps_k"
+    for each k of `steps`, "least_squares".
 
     Matrices are made by forward derivatives, or by backward ones where an operation of the model has no forward one:
-    `derivative` in the attributes says which. The model runs in evaluation mode and is left as it was. Raises
-    InputError for vectors, matrices, positions and maps that don't fit each other or the model, and for a model that
-    can't be fed; HookAuditError for hooks that aren't what they should be; ActivationError for predictions that aren't
-    finite.
+    `derivative` in the attributes says which. The model runs in evaluation mode and is left as it was.
+
+    Raises InputError for vectors, matrices, positions and maps that don't fit each other or the model, and for a model
+    that can't be fed; HookAuditError for hooks that aren't what they should be; ActivationError for predictions that
+    aren't finite.
+
+    Source: Sander et al. 2024 (2402.05787).
+
+    >>> import metaint
+    >>> from metaint.toys.linear_attention import gradient_step
+    >>> sample = metaint.tasks.autoregressive("haar", d=3, length=7, batch=12)
+    >>> scan = metaint.recur(gradient_step(3, 0.15), *sample, eta=0.15)
+    >>> bool(scan["recurrence"]["prediction_difference"].max() < 1e-5)  # it is one gradient step
+    True
     """
     _check(model, vectors, matrices, batch_size)
+    check_seed(seed)
     index = _chosen(positions, vectors.shape[1] - 1)
     held = _is_held(model, hold_values)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     vectors, matrices = vectors.detach().to(device), matrices.detach().to(device)
-    facts: dict[str, Any] = {"values_held": int(held), "fed": "vectors" if _takes_vectors(model) else "embeddings"}
+    facts: dict[str, Any] = {"values_held": int(held), "fed": "vectors" if takes_vectors(model) else "embeddings"}
     with steady(model), quietly(device.type):
-        predict, fitted = _predict(model, vectors, embedding, readout, batch_size, seed)
+        predict, fitted = predictor(model, vectors, embedding, readout, batch_size, seed)
         vectors, matrices = vectors[fitted:], matrices[fitted:]
         descents = tuned_descents(vectors, steps, eta)
         probe, derive = RecurrenceProbe(descents, decode_at, seed), recurrence.effective_matrix
         for start in tqdm(range(0, len(vectors), batch_size), desc="recur", disable=not progress, leave=False):
             rows = slice(start, start + batch_size)
-            contexts, found = vectors[rows, :-1], None
+            contexts, matrices_made = vectors[rows, :-1], None
             with attach(model, probe):
                 predicted = predict(contexts)
             if index:
-                found, derive = _derive(derive, _holding(model, contexts) if held else predict, contexts, index)
-            probe.read_predictions(vectors[rows], matrices[rows], predicted, found, [i + 1 for i in index])
+                differentiated = _holding(model, contexts) if held else predict
+                matrices_made, derive = _derive(derive, differentiated, contexts, index)
+            probe.read_predictions(vectors[rows], matrices[rows], predicted, matrices_made, [i + 1 for i in index])
     facts |= {"derivative": "backward" if derive is _backward else "forward", "fitted_sequences": fitted}
     facts |= {"task": "autoregressive", "d": vectors.shape[2], "vectors_shape": list(vectors.shape), "seed": seed}
     return assemble([probe], {**facts, "eta": float(descents["gradient_step"].eta[-1]), **(attributes or {})})
@@ -104,51 +120,46 @@ def _check(model: Any, vectors: Tensor, matrices: Tensor, batch_size: int) -> No
     """One sentence on what can't be fed, to this model or at all."""
     check_open(model)
     if not all(hasattr(model, name) for name in ("cfg", "hook_dict", "hooks")):
-        raise InputError(f"model is a {type(model).__name__}; give one with TransformerLens's hooks.")
+        raise InputError(f"model is a {type(model).__name__}: give one with TransformerLens's hooks.")
     if (
         not isinstance(vectors, Tensor)
         or vectors.ndim != 3
         or not (vectors.is_floating_point() or vectors.is_complex())
     ):
         what = f"{list(vectors.shape)} of {vectors.dtype}" if isinstance(vectors, Tensor) else type(vectors).__name__
-        raise InputError(f"vectors is {what}; give numbers [batch, position, d].")
+        raise InputError(f"vectors is {what}: give numbers [batch, position, d].")
     batch, length, d = vectors.shape
     if not batch or not vectors.isfinite().all():
-        raise InputError(f"vectors {'is empty' if not batch else 'hold NaN or infinity'}; give finite sequences.")
+        raise InputError(f"vectors {'is empty' if not batch else 'hold NaN or infinity'}: give finite sequences.")
     if length < d + 2:
         raise InputError(
-            f"vectors has {length} positions, and d is {d}; give at least {d + 2}, since least squares needs d + 1 to "
+            f"vectors has {length} positions, and d is {d}: give at least {d + 2}, since least squares needs d + 1 to "
             "tell W, and one must follow."
         )
     if matrices.shape != (batch, d, d) or matrices.is_complex() != vectors.is_complex():
         raise InputError(
-            f"matrices is {list(matrices.shape)} of {matrices.dtype}; give the W of each sequence, {[batch, d, d]} of "
+            f"matrices is {list(matrices.shape)} of {matrices.dtype}: give the W of each sequence, {[batch, d, d]} of "
             f"{vectors.dtype}."
         )
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; give at least 1.")
+    check_batch_size(batch_size)
     if not is_causal(model):
-        raise InputError("model is bidirectional, and sees what it should predict; give a causal one.")
+        raise InputError("model is bidirectional, and sees what it should predict: give a causal one.")
     _check_widths(model, vectors)
 
 
 def _check_widths(model: Any, vectors: Tensor) -> None:
     cfg, (_, length, d) = model.cfg, vectors.shape
-    if _takes_vectors(model):
+    if takes_vectors(model):
         if (cfg.d_in, cfg.d_out) != (d, d):
-            raise InputError(f"vectors have d = {d}, and the model leads from {cfg.d_in} to {cfg.d_out}; give its own.")
+            raise InputError(f"vectors have d = {d}, and the model leads from {cfg.d_in} to {cfg.d_out}: give its own.")
     elif "hook_embed" not in model.hook_dict:
-        raise InputError("model takes no vectors and has no hook_embed, where they could be fed; give another model.")
+        raise InputError("model takes no vectors and has no hook_embed, where they could be fed: give another model.")
     elif vectors.is_complex():
-        raise InputError("vectors are complex, and the model is real; give the real form, such as kind 'orthogonal'.")
+        raise InputError("vectors are complex, and the model is real: give the real form, such as kind 'orthogonal'.")
     elif length - 1 > cfg.n_ctx:
-        raise InputError(f"vectors has {length} positions, and the model reads {cfg.n_ctx}; give at most one more.")
+        raise InputError(f"vectors has {length} positions, and the model reads {cfg.n_ctx}: give at most one more.")
     elif d > cfg.d_model:
-        raise InputError(f"vectors have d = {d}, and the stream of the model is {cfg.d_model} wide; give a smaller d.")
-
-
-def _takes_vectors(model: Any) -> bool:
-    return getattr(model.cfg, "d_in", None) is not None
+        raise InputError(f"vectors have d = {d}, and the stream of the model is {cfg.d_model} wide: give a smaller d.")
 
 
 def _chosen(positions: Sequence[int] | None, longest: int) -> list[int]:
@@ -159,8 +170,8 @@ def _chosen(positions: Sequence[int] | None, longest: int) -> list[int]:
 
 
 def _is_held(model: Any, hold_values: bool | None) -> bool:
-    if hold_values and not _takes_vectors(model):
-        raise InputError("hold_values is True, and the model takes no vectors; leave it out, for the whole derivative.")
+    if hold_values and not takes_vectors(model):
+        raise InputError("hold_values is True, and the model takes no vectors: leave it out, for the whole derivative.")
     return bool(getattr(model.cfg, "augmented", False)) if hold_values is None else hold_values
 
 
@@ -202,97 +213,3 @@ def _backward(predict: Predict, vectors: Tensor, index: list[int]) -> Float[Tens
         sums = out[:, index].sum(0)
         rows = [torch.stack([torch.autograd.grad(o, leaf, retain_graph=True)[0] for o in row], 2) for row in sums]
     return torch.stack([row[:, i] for i, row in zip(index, rows, strict=True)], 1)
-
-
-# ---- feeding a model of tokens ----------------------------------------------------------------------------------
-
-
-def _predict(
-    model: Any, vectors: Tensor, embedding: Tensor | None, readout: Predict | None, batch_size: int, seed: int
-) -> tuple[Predict, int]:
-    """What predicts, and how many sequences it was fitted on, the first ones."""
-    if _takes_vectors(model):
-        return model, 0
-    fed = _fed(model, vectors, embedding, seed)
-    half = 0 if readout else len(vectors) // 2
-    read = readout or _fitted_readout(fed, vectors[:half], batch_size)
-    return lambda x: read(fed(x)).to(x.dtype), half
-
-
-def _fed(model: Any, vectors: Tensor, embedding: Tensor | None, seed: int) -> Predict:
-    """A model as a function from vectors to its last stream, which is the only trace of a pass."""
-    d, width = vectors.shape[2], int(model.cfg.d_model)
-    if embedding is not None and embedding.shape != (d, width):
-        raise InputError(f"embedding is {list(embedding.shape)}; give a map [d, d_model], {[d, width]}.")
-    map_ = (_orthonormal(d, width, seed) if embedding is None else embedding.detach()).to(vectors)
-    # Ids that stand for no padding; what they embed to is replaced.
-    ids = random_tokens(model, 1, vectors.shape[1] - 1)
-    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-
-    def stream(x: Tensor) -> Tensor:
-        kept: dict[str, Tensor] = {}
-
-        def replace(tokens: Tensor, hook: Any) -> Tensor:
-            return (x @ map_).to(tokens.dtype)
-
-        def keep(value: Tensor, hook: Any) -> None:
-            kept["stream"] = value
-
-        with model.hooks(fwd_hooks=[("hook_embed", replace), (last, keep)]):
-            model(ids[:, : x.shape[1]].expand(len(x), -1), return_type=None)
-        return kept["stream"]
-
-    sample = vectors[:1, :-1]
-    if torch.equal(stream(sample), stream(sample + 1)):
-        raise InputError("model doesn't go by what stands at hook_embed, so no vectors can be fed; give another model.")
-    return stream
-
-
-def _orthonormal(d: int, width: int, seed: int) -> Float[Tensor, "d d_model"]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(width, d, generator=generator, dtype=torch.float64)).Q.mT
-
-
-def _fitted_readout(fed: Predict, vectors: Tensor, batch_size: int) -> Predict:
-    """The affine map from the last stream, divided by its root mean square, that ridge regression finds for s_{T+1}."""
-    if len(vectors) < recurrence.FEWEST:
-        raise InputError(
-            f"vectors has too few sequences to fit a readout on half; give {2 * recurrence.FEWEST}, or a readout."
-        )
-    fit = len(vectors) - round(recurrence.VALIDATION * len(vectors))
-    seen, unseen = (_second_moments(fed, part, batch_size) for part in (vectors[:fit], vectors[fit:]))
-    d = vectors.shape[2]
-    guesses = _ridge_maps(seen, d)
-    errors = [float((guess * (unseen @ guess)).sum()) for guess in guesses]
-    # Residuals are (1, x, y) times the guess: minus the map above, the identity below.
-    best = -_ridge_maps(seen + unseen, d)[int(np.argmin(errors))][:-d].to(vectors)
-    return lambda stream: _scaled(stream).to(best.dtype) @ best[1:] + best[0]
-
-
-def _scaled(stream: Tensor) -> Tensor:
-    stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
-    return stream / stream.square().mean(-1, keepdim=True).clamp(min=torch.finfo(stream.dtype).tiny).sqrt()
-
-
-def _second_moments(fed: Predict, vectors: Tensor, batch_size: int) -> Float[Tensor, "feature feature"]:
-    """Sums of products of (1, x, y) over contexts, x being features of s_1..s_T, and y s_{T+1}; float64, on the CPU."""
-    total: Any = 0
-    for part in vectors.split(batch_size):
-        x, y = _scaled(fed(part[:, :-1])).flatten(0, 1).cpu().double(), part[:, 1:].flatten(0, 1).cpu().double()
-        rows = torch.cat([torch.ones(len(x), 1, dtype=x.dtype), x, y], 1)
-        total = total + rows.mT @ rows
-    return total
-
-
-def _ridge_maps(total: Float[Tensor, "feature feature"], d: int) -> list[Float[Tensor, "feature d"]]:
-    """For each penalty, the map from (1, x, y) to the residuals y - x B - c of ridge regression."""
-    mean = total[0, 1:] / total[0, 0]
-    covariance = total[1:, 1:] / total[0, 0] - torch.outer(mean, mean)
-    variances, axes = torch.linalg.eigh(covariance[:-d, :-d])
-    variances, along = variances.clamp(min=0), axes.mT @ covariance[:-d, -d:]
-    maps = []
-    for penalty in recurrence.PENALTIES:
-        B = axes @ (along / (variances + penalty * variances.mean())[:, None])
-        offset = mean[-d:] - mean[:-d] @ B
-        maps.append(torch.cat([-offset[None], -B, torch.eye(d, dtype=B.dtype)]))
-    return maps

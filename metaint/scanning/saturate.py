@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import xarray as xr
+from einops import reduce
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -100,16 +102,16 @@ def saturate(
 
 def _check_scales(model: Any, scales: Sequence[float], allow_folded: bool) -> tuple[float, ...]:
     """The scales in rising order, 1 among them; InputError for what can't be swept with this model."""
-    found = tuple(sorted({1.0, *(float(scale) for scale in scales)}))
-    for scale in found:
+    rising = tuple(sorted({1.0, *(float(scale) for scale in scales)}))
+    for scale in rising:
         if not 0 < scale < math.inf:
             raise InputError(f"scales has {scale:g}: parameters can be multiplied by finite numbers above 0.")
-    if len(found) < 2:
+    if len(rising) < 2:
         raise InputError("scales holds no factor other than 1: give some, such as 1, 2, 4 ... 1024.")
-    narrow = next((n for n, p in chosen(model, "all", allow_folded=allow_folded).items() if p.dtype.itemsize < 4), None)
-    if narrow is not None:
-        raise InputError(f"model computes in half precision ({narrow}), which scaling overflows: open it in float32.")
-    return found
+    for name, parameter in chosen(model, "all", allow_folded=allow_folded).items():
+        if parameter.dtype.itemsize < 4:
+            raise InputError(f"model computes in half precision ({name}), which scaling overflows: open it in float32.")
+    return rising
 
 
 class _Sweep:
@@ -125,7 +127,7 @@ class _Sweep:
         if faithful:
             require(model, ["pattern_from_scores", "pattern_causal", "value_mix", "edit_z"])
         self.faithful = faithful
-        self.found: dict[float, list[dict[str, Tensor]]] = {scale: [] for scale in scales}
+        self.sums: dict[float, list[dict[str, Tensor]]] = {scale: [] for scale in scales}
         self.published: list[dict[str, Tensor]] = []
 
     def add(self, tokens: Tensor, mask: Tensor | None) -> None:
@@ -141,7 +143,7 @@ class _Sweep:
         base, limit = read(1.0), read(self.scales[-1])
         for scale in self.scales:
             now = {1.0: base, self.scales[-1]: limit}.get(scale) or read(scale)
-            self.found[scale].append(_compare(batch, base, limit, now, self.causal))
+            self.sums[scale].append(_compare(batch, base, limit, now, self.causal))
         if self.faithful:
             self.published.append(self._publish(batch))
 
@@ -158,89 +160,97 @@ class _Sweep:
 
     def to_dataset(self) -> xr.Dataset:
         """`/saturation` of everything added so far."""
-        whole = {scale: _gather(parts) for scale, parts in self.found.items()}
-        base, sequences = whole[1.0], len(whole[1.0]["count"])
-        variables = [_at_scale(base, found, sequences) for found in whole.values()]
-        data = xr.Dataset(
-            {
-                name: (("scale", "layer")[: 1 + found.ndim], torch.stack([v[name] for v in variables]).cpu().numpy())
-                for name, found in sorted(variables[0].items())
-            },
-            coords={"scale": list(self.scales), "layer": range(int(self.model.cfg.n_layers))},
-        )
-        for name in [name for name in data if str(name).endswith("_norm")]:
-            data[str(name).replace("_norm", "_slope")] = _slopes(data[name])
+        whole = {scale: _gather(parts) for scale, parts in self.sums.items()}
+        base = whole[1.0]
+        at_scales = [_at_scale(base, sums) for sums in whole.values()]
+        variables = {}
+        for name, value in sorted(at_scales[0].items()):
+            stacked = torch.stack([variables_there[name] for variables_there in at_scales]).cpu().numpy()
+            variables[name] = (("scale", "layer")[: 1 + value.ndim], stacked)
+        coordinates = {"scale": list(self.scales), "layer": range(int(self.model.cfg.n_layers))}
+        data = xr.Dataset(variables, coordinates)
+        for name in [name for name in variables if name.endswith("_norm")]:
+            data[name.replace("_norm", "_slope")] = _slopes(data[name])
         data = data.assign(self._published_variables())
         for name, words in DESCRIPTIONS.items():
             if name in data:
                 data[name].attrs["description"] = words
-        data.attrs.update(sequences=sequences, tokens_seen=int(base["count"].sum()), scaled="all parameters")
+        data.attrs.update(sequences=len(base["count"]), tokens_seen=int(base["count"].sum()), scaled="all parameters")
         return data
 
     def _published_variables(self) -> dict[str, Any]:
         if not self.published:
             return {}
         sums = {name: torch.stack([part[name] for part in self.published]).sum(0).cpu() for name in self.published[0]}
-        found: dict[str, Any] = {"similarity_published": (("layer",), (sums["cosine"][0] / sums["cosine"][1]).numpy())}
+        cosine, tokens = sums["cosine"]
+        variables: dict[str, Any] = {"similarity_published": (("layer",), (cosine / tokens).numpy())}
         for suffix, counts in (("", sums["counts"]), ("_causal", sums["causal"])):
             total, squares, split, rows = counts
             mean = total / rows
             deviation = (squares / rows - mean.square()).clamp(min=0).sqrt()
             for name, value in (("mean", mean), ("std", deviation), ("split", split / rows)):
-                found[f"attended_{name}{suffix}"] = (("layer", "head"), value.numpy())
-        return found
+                variables[f"attended_{name}{suffix}"] = (("layer", "head"), value.numpy())
+        return variables
 
 
 def _compare(batch: Batch, base: ScaledPass, limit: ScaledPass, now: ScaledPass, causal: bool) -> dict[str, Tensor]:
     """Sums over one batch's samples, by sequence (first dimension) but for `total` and `within`."""
-    kept = batch.sampled.to(now.stream.device)
-    units = [part.stream / norms.norm(part.stream).clamp(min=1e-300)[..., None] for part in (base, limit, now)]
-    directions = [(unit * kept[..., None]).sum(2) for unit in (units[0], units[2])]
+    sampled = batch.sampled.to(now.stream.device)
+
+    def over_samples(values: Float[Tensor, "layer batch sample"]) -> Float[Tensor, "batch layer"]:
+        return reduce(values * sampled, "layer batch sample -> batch layer", "sum")
+
+    base_unit, limit_unit, now_unit = (
+        part.stream / norms.norm(part.stream).clamp(min=1e-300)[..., None] for part in (base, limit, now)
+    )
+    base_sum, now_sum = ((unit * sampled[..., None]).sum(2) for unit in (base_unit, now_unit))
     log_p, log_q = (part.logits.log_softmax(-1) for part in (base, now))
-    found = {
-        "similarity": (norms.dot(units[0], units[2]) * kept).sum(-1).mT,
-        "similarity_to_limit": (norms.dot(units[1], units[2]) * kept).sum(-1).mT,
-        "count": kept.sum(-1).double(),
-        "kl": ((log_p.exp() * (log_p - log_q)).sum(-1) * kept).sum(-1).double(),
-        "top1_agreement": ((log_p.argmax(-1) == log_q.argmax(-1)) * kept).sum(-1).double(),
-        "loss_change": torch.full_like(kept.sum(-1).double(), math.nan),
-        "total": directions[1].sum(1)[None],
-        "within": (directions[0] * directions[1]).sum((1, 2))[None],
+    same_top = log_p.argmax(-1) == log_q.argmax(-1)
+    sums = {
+        "similarity": over_samples(norms.dot(base_unit, now_unit)),
+        "similarity_to_limit": over_samples(norms.dot(limit_unit, now_unit)),
+        "count": sampled.sum(-1).double(),
+        "kl": ((log_p.exp() * (log_p - log_q)).sum(-1) * sampled).sum(-1).double(),
+        "top1_agreement": (same_top * sampled).sum(-1).double(),
+        "loss_change": torch.full_like(sampled.sum(-1).double(), math.nan),
+        "total": now_sum.sum(1)[None],
+        "within": (base_sum * now_sum).sum((1, 2))[None],
     }
     if causal:
         following = (batch.index + 1).clamp(max=batch.tokens.shape[1] - 1)
         target = batch.tokens.gather(1, following)[..., None].to(log_p.device)
-        found["loss_change"] = ((log_p - log_q).gather(-1, target).squeeze(-1) * kept).sum(-1).double()
+        sums["loss_change"] = ((log_p - log_q).gather(-1, target).squeeze(-1) * sampled).sum(-1).double()
     for name, logs in now.log_norms.items():
-        found[f"log {name}"] = (logs * kept).sum(-1).mT
-    found["log share"] = ((now.log_norms["embedding"] - now.log_norms["stream"]) * kept).sum(-1).mT
-    return found
+        sums[f"log {name}"] = over_samples(logs)
+    sums["log share"] = over_samples(now.log_norms["embedding"] - now.log_norms["stream"])
+    return sums
 
 
 def _gather(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The batches of one scale together: sequences side by side, sums over all of them added."""
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return {name: value.sum(0) if name in ("total", "within") else value for name, value in found.items()}
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return whole | {name: whole[name].sum(0) for name in ("total", "within")}
 
 
-def _at_scale(base: dict[str, Tensor], found: dict[str, Tensor], sequences: int) -> dict[str, Tensor]:
+def _at_scale(base: dict[str, Tensor], sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """The variables of one scale, each (layer) or a single number."""
-    count = found["count"]
+    count = sums["count"]
     n = count.sum()
     out: dict[str, Tensor] = {}
     for name in ("similarity", "similarity_to_limit", "kl", "top1_agreement", "loss_change"):
-        sums = found[name]
-        of_each = count[:, None].expand_as(sums) if sums.ndim == 2 else count
-        out[name] = sums.sum(0) / n
-        out[f"{name}_low"], out[f"{name}_high"] = bootstrap_interval(sums.cpu(), of_each.cpu())
-    within, pairs = found["within"], n.square() - count.square().sum()
-    if sequences == 1:  # no other sequence: other positions of the same one
-        within, pairs = found["similarity"].sum(0), n.square() - n
-    out["similarity_null"] = saturation.mismatched_cosine(base["total"], found["total"], within, pairs)
-    out["similarity_centred"] = saturation.centred_similarity(out["similarity"], base["total"] / n, found["total"] / n)
-    for name in [name for name in found if name.startswith("log ")]:
-        mean = (found[name].sum(0) / n).exp()
-        out["embedding_share" if name == "log share" else f"{name[4:]}_norm"] = mean
+        values, counts = sums[name], count
+        if values.ndim == 2:
+            counts = count[:, None].expand_as(values)
+        out[name] = values.sum(0) / n
+        out[f"{name}_low"], out[f"{name}_high"] = bootstrap_interval(values.cpu(), counts.cpu())
+    within, pairs = sums["within"], n.square() - count.square().sum()
+    if len(count) == 1:  # no other sequence: other positions of the same one
+        within, pairs = sums["similarity"].sum(0), n.square() - n
+    out["similarity_null"] = saturation.mismatched_cosine(base["total"], sums["total"], within, pairs)
+    out["similarity_centred"] = saturation.centred_similarity(out["similarity"], base["total"] / n, sums["total"] / n)
+    for name in [name for name in sums if name.startswith("log ")]:
+        out[f"{name.removeprefix('log ')}_norm"] = (sums[name].sum(0) / n).exp()
+    out["embedding_share"] = out.pop("share_norm")
     out["embedding_norm"] = out["embedding_norm"].squeeze(0)
     return {name: value.cpu() for name, value in out.items()}
 

@@ -115,7 +115,7 @@ def regression(
         _check_whole(name, value, 1)
     for name, scale in (("input_range", input_range), ("weight_scale", weight_scale)):
         if not 0 < scale < math.inf:
-            raise InputError(f"{name} is {scale}; give a positive number.")
+            raise InputError(f"{name} is {scale}: give a positive number.")
     generator = _generator(seed)
     weights = torch.randn(batch, d, generator=generator, dtype=torch.float64) * weight_scale
     inputs = (torch.rand(batch, points + 1, d, generator=generator, dtype=torch.float64) - 0.5) * input_range
@@ -148,12 +148,12 @@ def embedding_windows(
     _check_whole("length", length, 2)
     if tokens.ndim != 1 or tokens.is_floating_point() or len(tokens) < length:
         raise InputError(
-            f"tokens is {list(tokens.shape)} of {tokens.dtype}; give one row of at least {length} ids, one window."
+            f"tokens is {list(tokens.shape)} of {tokens.dtype}: give one row of at least {length} ids, one window."
         )
     vocab = len(embeddings)
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise InputError(
-            f"tokens reach from {int(tokens.min())} to {int(tokens.max())}, outside the vocabulary 0..{vocab - 1}; "
+            f"tokens reach from {int(tokens.min())} to {int(tokens.max())}, outside the vocabulary 0..{vocab - 1}: "
             "give ids inside it."
         )
     if shuffled:
@@ -164,21 +164,21 @@ def embedding_windows(
 
 def _check_process(kind: str, d: int, length: int, batch: int, first: str, noise: float) -> None:
     if kind not in get_args(Kind):
-        raise InputError(f"kind is {kind!r}; give 'unitary', 'orthogonal' or 'haar'.")
+        raise InputError(f"kind is {kind!r}: give 'unitary', 'orthogonal' or 'haar'.")
     if first not in get_args(First):
-        raise InputError(f"first is {first!r}; give 'ones' or 'unit'.")
+        raise InputError(f"first is {first!r}: give 'ones' or 'unit'.")
     _check_whole("d", d, 1)
     _check_whole("length", length, 2)
     _check_whole("batch", batch, 1)
     if kind == "orthogonal" and d % 2:
-        raise InputError(f"d is {d}; give an even number, since eigenvalues come in conjugate pairs.")
+        raise InputError(f"d is {d}: give an even number, since eigenvalues come in conjugate pairs.")
     if not 0 <= noise < math.inf:
-        raise InputError(f"noise is {noise}; give a standard deviation of 0 or more.")
+        raise InputError(f"noise is {noise}: give a standard deviation of 0 or more.")
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} is {value!r}; give a whole number of at least {least}.")
+        raise InputError(f"{name} is {value!r}: give a whole number of at least {least}.")
 
 
 def _dtype_of(kind: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -186,7 +186,7 @@ def _dtype_of(kind: str, dtype: torch.dtype | None) -> torch.dtype:
     allowed = {"unitary": complex_, "haar": real, "orthogonal": real + complex_}[kind]
     if dtype is not None and dtype not in allowed:
         names = " or ".join(str(choice) for choice in allowed)
-        raise InputError(f"dtype is {dtype}, which kind {kind!r} has no form in; give {names}.")
+        raise InputError(f"dtype is {dtype}, which kind {kind!r} has no form in: give {names}.")
     return dtype or allowed[0]
 
 

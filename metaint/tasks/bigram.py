@@ -11,7 +11,7 @@ Source: transformer-birth `ihead_data.py`, `data/prepare.py` (the data as coded 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -45,6 +45,17 @@ class BigramSample(NamedTuple):
     triggers: Int[Tensor, "batch trigger"]
     outputs: Int[Tensor, "batch trigger"]
     """The token that follows `triggers` in that sequence, always."""
+
+
+class TriggerOptions(TypedDict, total=False):
+    """What says how triggers and outputs are chosen: fields of `BigramTask`, as `from_text` explains them."""
+
+    triggers: Literal["fixed", "random"]
+    trigger_count: int
+    offset: int
+    bigram_outputs: bool
+    no_repeat: bool
+    outputs: Literal["all", "train", "test"]
 
 
 class _Cells(NamedTuple):
@@ -91,34 +102,34 @@ class BigramTask:
         found = len(self._occurring)
         unit = "characters" if all(len(word) == 1 for word in self.vocabulary) else "tokens"
         if self.triggers not in ("fixed", "random"):
-            raise InputError(f"triggers is {self.triggers!r}; give 'fixed' or 'random'.")
+            raise InputError(f"triggers is {self.triggers!r}: give 'fixed' or 'random'.")
         if self.outputs not in ("all", "train", "test"):
-            raise InputError(f"outputs is {self.outputs!r}; give 'all', 'train' or 'test'.")
+            raise InputError(f"outputs is {self.outputs!r}: give 'all', 'train' or 'test'.")
         if not 1 <= self.trigger_count <= found:
             raise InputError(
-                f"trigger_count is {self.trigger_count}; give 1 to {found}, the number of different {unit}."
+                f"trigger_count is {self.trigger_count}: give 1 to {found}, the number of different {unit}."
             )
         if not 0 <= self.offset <= found - self.trigger_count:
             raise InputError(
-                f"offset is {self.offset}; give 0 to {found - self.trigger_count}, "
+                f"offset is {self.offset}: give 0 to {found - self.trigger_count}, "
                 f"so that {self.trigger_count} triggers remain below it in the ranking."
             )
         if self.offset and self.triggers == "random":
             raise InputError(
-                f"offset is {self.offset}, which moves fixed triggers only; give 0 with triggers='random'."
+                f"offset is {self.offset}, which moves fixed triggers only: give 0 with triggers='random'."
             )
         if self.bigram_outputs and self.outputs != "all":
             raise InputError(
-                f"outputs is {self.outputs!r} together with bigram_outputs; give outputs='all' or bigram_outputs=False."
+                f"outputs is {self.outputs!r} together with bigram_outputs: give outputs='all' or bigram_outputs=False."
             )
         if len(self._pool) < 1 + self.no_repeat:
             raise InputError(
                 f"outputs is {self.outputs!r}, which leaves {len(self._pool)} of {found} {unit} "
-                f"as outputs; give a text with more different {unit}."
+                f"as outputs: give a text with more different {unit}."
             )
 
     @classmethod
-    def from_text(cls, text: str, **options: Any) -> "BigramTask":
+    def from_text(cls, text: str, **options: Unpack[TriggerOptions]) -> "BigramTask":
         """The chain of the characters of `text`: counts over all of it, no smoothing; ids are in sorted
         order.
 
@@ -136,7 +147,7 @@ class BigramTask:
         """
         if not isinstance(text, str) or len(set(text)) < 2:
             found = f"a text of {len(text)} characters" if isinstance(text, str) else f"a {type(text).__name__}"
-            raise InputError(f"text is {found}; give a string with at least two different characters.")
+            raise InputError(f"text is {found}: give a string with at least two different characters.")
         vocabulary = sorted(set(text))
         rank = {ord(character): index for index, character in enumerate(vocabulary)}
         codes = np.frombuffer(text.translate(rank).encode("utf-32-le", "surrogatepass"), "<u4")
@@ -148,7 +159,7 @@ class BigramTask:
         ids: Int[Tensor, "position"] | Sequence[int],
         vocab: int | None = None,
         vocabulary: Sequence[str] | None = None,
-        **options: Any,
+        **options: Unpack[TriggerOptions],
     ) -> "BigramTask":
         """The chain of a text in a model's own tokens, whose samples can be fed to that model.
 
@@ -160,11 +171,11 @@ class BigramTask:
         ids = torch.as_tensor(ids).cpu()
         if ids.dim() != 1 or ids.dtype == torch.bool or ids.is_floating_point():
             kind = str(ids.dtype).removeprefix("torch.")
-            raise InputError(f"ids is {kind} of shape {tuple(ids.shape)}; give one row of whole numbers, [position].")
+            raise InputError(f"ids is {kind} of shape {tuple(ids.shape)}: give one row of whole numbers, [position].")
         if vocab is None:
             vocab = len(vocabulary) if vocabulary else int(ids.max()) + 1 if len(ids) else 0
         for wrong in ids[(ids < 0) | (ids >= vocab)][:1].tolist():
-            raise InputError(f"ids holds {wrong}, outside the vocabulary 0..{vocab - 1}; give ids inside it.")
+            raise InputError(f"ids holds {wrong}, outside the vocabulary 0..{vocab - 1}: give ids inside it.")
         ids = ids.long()
         pairs = torch.stack([ids[:-1], ids[1:]])
         ones = torch.ones(pairs.shape[1], dtype=torch.float64)
@@ -173,7 +184,7 @@ class BigramTask:
 
     @classmethod
     def from_counts(
-        cls, unigram: Tensor, bigram: Tensor, vocabulary: Sequence[str] | None = None, **options: Any
+        cls, unigram: Tensor, bigram: Tensor, vocabulary: Sequence[str] | None = None, **options: Unpack[TriggerOptions]
     ) -> "BigramTask":
         """The chain with these counts, or weights on any scale: `unigram` [vocab], and `bigram` [vocab, vocab], the
         row followed by the column, dense or `torch.sparse_coo_tensor`.
@@ -183,22 +194,22 @@ class BigramTask:
         """
         if bigram.shape != 2 * unigram.shape:
             shapes = f"{tuple(unigram.shape)} and {tuple(bigram.shape)}"
-            raise InputError(f"unigram and bigram have shapes {shapes}; give [vocab] and [vocab, vocab].")
+            raise InputError(f"unigram and bigram have shapes {shapes}: give [vocab] and [vocab, vocab].")
         vocab = len(unigram)
         if vocab > _LARGEST:
-            raise InputError(f"unigram has {vocab} ids; give at most {_LARGEST}.")
+            raise InputError(f"unigram has {vocab} ids: give at most {_LARGEST}.")
         if vocabulary is not None and len(vocabulary) != vocab:
-            raise InputError(f"vocabulary has {len(vocabulary)} entries; give {vocab}, one for each id.")
+            raise InputError(f"vocabulary has {len(vocabulary)} entries: give {vocab}, one for each id.")
         sparse = bigram.detach().cpu().to_sparse().coalesce()
         unigram, counts, pairs = unigram.detach().cpu().double(), sparse.values().double(), sparse.indices()
         for name, values in (("unigram", unigram), ("bigram", counts)):
             for wrong in values[~((values >= 0) & values.isfinite())][:1].tolist():
-                raise InputError(f"{name} holds {wrong:g}; give finite counts of at least 0.")
+                raise InputError(f"{name} holds {wrong:g}: give finite counts of at least 0.")
         if (unigram > 0).sum() < 2:
-            raise InputError(f"{int((unigram > 0).sum())} of {vocab} ids occur; give at least two different ones.")
+            raise InputError(f"{int((unigram > 0).sum())} of {vocab} ids occur: give at least two different ones.")
         counts, pairs = counts[counts > 0], pairs[:, counts > 0]
         for wrong in pairs[unigram[pairs] == 0][:1].tolist():
-            raise InputError(f"bigram has a pair with id {wrong}, whose unigram count is 0; give it one above 0.")
+            raise InputError(f"bigram has a pair with id {wrong}, whose unigram count is 0: give it one above 0.")
         totals = torch.zeros(vocab).double().index_add_(0, pairs[0], counts)
         names = tuple(vocabulary or (f"<{index}>" for index in range(vocab)))
         return cls(names, unigram / unigram.sum(), pairs, counts / totals[pairs[0]], **options)
@@ -213,7 +224,7 @@ class BigramTask:
         """The probability of the column after the row, as a matrix; raises InputError above 16,384 tokens."""
         if self.vocab > _DENSE:
             raise InputError(
-                f"vocab is {self.vocab}, too large for a matrix [vocab, vocab]; "
+                f"vocab is {self.vocab}, too large for a matrix [vocab, vocab]: "
                 f"read pairs and weights, or make a task with at most {_DENSE} tokens."
             )
         matrix = self.unigram.repeat(self.vocab, 1)
@@ -254,7 +265,7 @@ class BigramTask:
         """
         for name, value in (("batch", batch), ("length", length)):
             if value < 1:
-                raise InputError(f"{name} is {value}; give at least 1.")
+                raise InputError(f"{name} is {value}: give at least 1.")
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
         triggers = self._draw_triggers(batch, generator)
         outputs = self._draw_outputs(triggers, _uniform(batch, self.trigger_count, generator))
@@ -364,14 +375,37 @@ class BigramTask:
         return _Cells(row * self.vocab + id, id, low, end, guide, shift)
 
 
-def bigram(text: str | None = None, **options: Any) -> BigramTask:
-    """The in-context bigram task over the characters of `text`; options as in `BigramTask.from_text`.
+def bigram(
+    text: str | None = None,
+    *,
+    triggers: Literal["fixed", "random"] = "random",
+    trigger_count: int = 5,
+    offset: int = 0,
+    bigram_outputs: bool = False,
+    no_repeat: bool = False,
+    outputs: Literal["all", "train", "test"] = "all",
+) -> BigramTask:
+    """The in-context bigram task over the characters of `text`; the other arguments are those of `BigramTask`.
 
     Without a text it is Python's own prose in a small alphabet (`fold_prose`): lower-case letters, digits,
     ASCII signs, space and line break, 68 characters on Python 3.11. (The paper's code uses tiny-Shakespeare,
     with 65 characters.)
+
+    >>> task = bigram("abracadabra", trigger_count=2)
+    >>> task.vocabulary, task.sample(4, 10).tokens.shape
+    (('a', 'b', 'c', 'd', 'r'), torch.Size([4, 11]))
     """
-    return BigramTask.from_text(fold_prose(python_prose()) if text is None else text, **options)
+    if text is None:
+        text = fold_prose(python_prose())
+    return BigramTask.from_text(
+        text,
+        triggers=triggers,
+        trigger_count=trigger_count,
+        offset=offset,
+        bigram_outputs=bigram_outputs,
+        no_repeat=no_repeat,
+        outputs=outputs,
+    )
 
 
 def _uniform(batch: int, count: int, generator: torch.Generator) -> np.ndarray:

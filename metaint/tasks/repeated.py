@@ -40,15 +40,15 @@ def repeated_tokens(
     """
     for name, value in (("vocab", vocab), ("length", length), ("repeats", repeats), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} is {value!r}; give a whole number of at least 1.")
+            raise InputError(f"{name} is {value!r}: give a whole number of at least 1.")
     if bos is not None and not 0 <= bos < vocab:
-        raise InputError(f"bos is {bos}, outside the vocabulary 0..{vocab - 1}; give an id inside it.")
+        raise InputError(f"bos is {bos}, outside the vocabulary 0..{vocab - 1}: give an id inside it.")
     candidates = _candidates(vocab, ids)
     if bos is not None:
         candidates = candidates[candidates != bos]
     if len(candidates) < length:
         raise InputError(
-            f"length is {length}, but only {len(candidates)} different ids can be drawn; "
+            f"length is {length}, but only {len(candidates)} different ids can be drawn: "
             f"give a length of at most {len(candidates)} or more ids."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -67,20 +67,20 @@ def _candidates(vocab: int, ids: object) -> Int[Tensor, "candidate"]:
     if isinstance(ids, tuple):
         if len(ids) != 2 or not 0 <= ids[0] < ids[1] <= vocab:
             raise InputError(
-                f"ids is {ids}; give a range (low, high) with 0 <= low < high <= {vocab}, or a list of ids."
+                f"ids is {ids}: give a range (low, high) with 0 <= low < high <= {vocab}, or a list of ids."
             )
         return torch.arange(*ids)
     try:
         found = torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"ids is of type {type(ids).__name__}; give a range (low, high) or a list of ids.") from None
+        raise InputError(f"ids is of type {type(ids).__name__}: give a range (low, high) or a list of ids.") from None
     if found.dim() != 1 or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise InputError(
-            f"ids has {found.dim()} dimensions of {found.dtype}; give one dimension of whole numbers, or (low, high)."
+            f"ids has {found.dim()} dimensions of {found.dtype}: give one dimension of whole numbers, or (low, high)."
         )
     if len(found) and (found.min() < 0 or found.max() >= vocab):
         raise InputError(
             f"ids reach from {int(found.min())} to {int(found.max())}, "
-            f"outside the vocabulary 0..{vocab - 1}; give ids inside it."
+            f"outside the vocabulary 0..{vocab - 1}: give ids inside it."
         )
     return found.long().unique()

@@ -38,19 +38,19 @@ def text_windows(
     used.
     """
     if not isinstance(text, str) or not text:
-        raise InputError(f"text is {_describe(text)}; give a string that is not empty.")
+        raise InputError(f"text is {_describe(text)}: give a string that is not empty.")
     body = length - (bos is not None)
     if body < 1:
         raise InputError(
-            f"length is {length}; give at least {1 + (bos is not None)}, so that a token of the text fits."
+            f"length is {length}: give at least {1 + (bos is not None)}, so that a token of the text fits."
         )
     if batch is not None and batch < 1:
-        raise InputError(f"batch is {batch}; give at least 1, or None for every window.")
+        raise InputError(f"batch is {batch}: give at least 1, or None for every window.")
     ids = _tokenize(model, text)
     count = len(ids) // body
     if count == 0:
         raise InputError(
-            f"text has {len(ids)} tokens, fewer than the {body} that one window of length {length} needs; "
+            f"text has {len(ids)} tokens, fewer than the {body} that one window of length {length} needs: "
             f"give a longer text or a smaller length."
         )
     windows = ids[: count * body].view(count, body)
@@ -73,20 +73,20 @@ def read_text(path: str | Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"path is {str(path)!r}, which does not exist; give a text file in UTF-8.") from None
+        raise InputError(f"path is {str(path)!r}, which does not exist: give a text file in UTF-8.") from None
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
-        raise InputError(f"path is {str(path)!r}, which can't be read ({reason}); give a text file.") from None
+        raise InputError(f"path is {str(path)!r}, which can't be read ({reason}): give a text file.") from None
     if b"\0" in data:
-        raise InputError(f"path is {str(path)!r}, a binary file (it holds zero bytes); give a text file in UTF-8.")
+        raise InputError(f"path is {str(path)!r}, a binary file (it holds zero bytes): give a text file in UTF-8.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"path is {str(path)!r}, which is not UTF-8 (byte {error.start}); give a text file in UTF-8."
+            f"path is {str(path)!r}, which is not UTF-8 (byte {error.start}): give a text file in UTF-8."
         ) from None
     if not text.strip():
-        raise InputError(f"path is {str(path)!r}, which holds no text; give a file that is not empty.")
+        raise InputError(f"path is {str(path)!r}, which holds no text: give a file that is not empty.")
     return text
 
 

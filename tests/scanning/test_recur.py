@@ -353,24 +353,24 @@ def refused(sentence, model, vectors, matrices, **options):
 
 def test_what_is_no_sequence_is_said():
     model, (vectors, matrices) = linear_attention(D), sample(dtype=torch.float32)
-    refused("vectors is [20, 3] of torch.float32; give numbers [batch, position, d].", model, vectors[:, 0], matrices)
-    refused("vectors is [20, 7, 3] of torch.int64; give numbers [batch, position, d].", model, vectors.long(), matrices)
-    refused("vectors is empty; give finite sequences.", model, vectors[:0], matrices[:0])
-    refused("vectors hold NaN or infinity; give finite sequences.", model, vectors / 0, matrices)
+    refused("vectors is [20, 3] of torch.float32: give numbers [batch, position, d].", model, vectors[:, 0], matrices)
+    refused("vectors is [20, 7, 3] of torch.int64: give numbers [batch, position, d].", model, vectors.long(), matrices)
+    refused("vectors is empty: give finite sequences.", model, vectors[:0], matrices[:0])
+    refused("vectors hold NaN or infinity: give finite sequences.", model, vectors / 0, matrices)
     refused(
-        "vectors has 4 positions, and d is 3; give at least 5, since least squares needs d + 1 to tell W, and one must "
+        "vectors has 4 positions, and d is 3: give at least 5, since least squares needs d + 1 to tell W, and one must "
         "follow.",
         model,
         vectors[:, :4],
         matrices,
     )
     refused(
-        "matrices is [19, 3, 3] of torch.float32; give the W of each sequence, [20, 3, 3] of torch.float32.",
+        "matrices is [19, 3, 3] of torch.float32: give the W of each sequence, [20, 3, 3] of torch.float32.",
         model,
         vectors,
         matrices[1:],
     )
-    refused("batch_size is 0; give at least 1.", model, vectors, matrices, batch_size=0)
+    refused("batch_size is 0: it must be at least 1.", model, vectors, matrices, batch_size=0)
     refused(
         "positions is [2, 7]: give lengths of contexts from 1 to 6, each once.",
         model,
@@ -382,10 +382,10 @@ def test_what_is_no_sequence_is_said():
 
 def test_a_model_that_cannot_be_fed_is_said(gpt2):
     given = sample(dtype=torch.float32)
-    refused("model is a Linear; give one with TransformerLens's hooks.", torch.nn.Linear(D, D), *given)
-    refused("vectors have d = 3, and the model leads from 4 to 4; give its own.", linear_attention(4), *given)
+    refused("model is a Linear: give one with TransformerLens's hooks.", torch.nn.Linear(D, D), *given)
+    refused("vectors have d = 3, and the model leads from 4 to 4: give its own.", linear_attention(4), *given)
     refused(
-        "model is bidirectional, and sees what it should predict; give a causal one.",
+        "model is bidirectional, and sees what it should predict: give a causal one.",
         regression_attention(2, 6),
         *given,
     )
@@ -402,29 +402,29 @@ def test_a_model_that_cannot_be_fed_is_said(gpt2):
         *complex_,
     )
     refused(
-        "vectors are complex, and the model is real; give the real form, such as kind 'orthogonal'.", gpt2, *complex_
+        "vectors are complex, and the model is real: give the real form, such as kind 'orthogonal'.", gpt2, *complex_
     )
     refused(
-        "hold_values is True, and the model takes no vectors; leave it out, for the whole derivative.",
+        "hold_values is True, and the model takes no vectors: leave it out, for the whole derivative.",
         gpt2,
         *given,
         hold_values=True,
     )
-    refused("embedding is [3, 8]; give a map [d, d_model], [3, 32].", gpt2, *given, embedding=torch.zeros(3, 8))
+    refused("embedding is [3, 8]: give a map [d, d_model], [3, 32].", gpt2, *given, embedding=torch.zeros(3, 8))
     refused(
-        "vectors has too few sequences to fit a readout on half; give 20, or a readout.", gpt2, *(x[:19] for x in given)
+        "vectors has too few sequences to fit a readout on half: give 20, or a readout.", gpt2, *(x[:19] for x in given)
     )
     long = autoregressive("haar", D, 130, 2)
-    refused("vectors has 130 positions, and the model reads 128; give at most one more.", gpt2, *long)
+    refused("vectors has 130 positions, and the model reads 128: give at most one more.", gpt2, *long)
     wide = autoregressive("haar", 33, 36, 2)
-    refused("vectors have d = 33, and the stream of the model is 32 wide; give a smaller d.", gpt2, *wide)
+    refused("vectors have d = 33, and the stream of the model is 32 wide: give a smaller d.", gpt2, *wide)
     with gpt2.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: 0 * x)]):
         refused(
-            "model doesn't go by what stands at hook_embed, so no vectors can be fed; give another model.", gpt2, *given
+            "model doesn't go by what stands at hook_embed, so no vectors can be fed: give another model.", gpt2, *given
         )
 
 
 @pytest.mark.skipif("bert" not in available_kinds(), reason="no BERT")
 def test_bert_is_refused():
-    sentence = "model is bidirectional, and sees what it should predict; give a causal one."
+    sentence = "model is bidirectional, and sees what it should predict: give a causal one."
     refused(sentence, build("bert"), *sample(dtype=torch.float32))

@@ -150,28 +150,28 @@ def test_embedding_windows_are_rows_of_length_one():
 @pytest.mark.parametrize(
     ("arguments", "options", "sentence"),
     [
-        (("normal", 4, 8), {}, "kind is 'normal'; give 'unitary', 'orthogonal' or 'haar'."),
-        (("haar", 0, 8), {}, "d is 0; give a whole number of at least 1."),
-        (("haar", 4, 1), {}, "length is 1; give a whole number of at least 2."),
-        (("haar", 4, 8.0), {}, "length is 8.0; give a whole number of at least 2."),
-        (("haar", 4, 8, 0), {}, "batch is 0; give a whole number of at least 1."),
-        (("haar", 4, 8), {"first": "zeros"}, "first is 'zeros'; give 'ones' or 'unit'."),
-        (("haar", 4, 8), {"noise": -0.1}, "noise is -0.1; give a standard deviation of 0 or more."),
-        (("haar", 4, 8), {"noise": math.nan}, "noise is nan; give a standard deviation of 0 or more."),
+        (("normal", 4, 8), {}, "kind is 'normal': give 'unitary', 'orthogonal' or 'haar'."),
+        (("haar", 0, 8), {}, "d is 0: give a whole number of at least 1."),
+        (("haar", 4, 1), {}, "length is 1: give a whole number of at least 2."),
+        (("haar", 4, 8.0), {}, "length is 8.0: give a whole number of at least 2."),
+        (("haar", 4, 8, 0), {}, "batch is 0: give a whole number of at least 1."),
+        (("haar", 4, 8), {"first": "zeros"}, "first is 'zeros': give 'ones' or 'unit'."),
+        (("haar", 4, 8), {"noise": -0.1}, "noise is -0.1: give a standard deviation of 0 or more."),
+        (("haar", 4, 8), {"noise": math.nan}, "noise is nan: give a standard deviation of 0 or more."),
         (
             ("orthogonal", 5, 8),
             {},
-            "d is 5; give an even number, since eigenvalues come in conjugate pairs.",
+            "d is 5: give an even number, since eigenvalues come in conjugate pairs.",
         ),
         (
             ("unitary", 4, 8),
             {"dtype": torch.float32},
-            "dtype is torch.float32, which kind 'unitary' has no form in; give torch.complex64 or torch.complex128.",
+            "dtype is torch.float32, which kind 'unitary' has no form in: give torch.complex64 or torch.complex128.",
         ),
         (
             ("haar", 4, 8),
             {"dtype": torch.complex64},
-            "dtype is torch.complex64, which kind 'haar' has no form in; give torch.float32 or torch.float64.",
+            "dtype is torch.complex64, which kind 'haar' has no form in: give torch.float32 or torch.float64.",
         ),
     ],
 )
@@ -184,25 +184,25 @@ def test_a_process_that_cannot_be_gets_one_sentence(arguments, options, sentence
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: regression(0, 5), "d is 0; give a whole number of at least 1."),
-        (lambda: regression(3, 0), "points is 0; give a whole number of at least 1."),
-        (lambda: regression(3, 5, input_range=0), "input_range is 0; give a positive number."),
-        (lambda: regression(3, 5, weight_scale=math.inf), "weight_scale is inf; give a positive number."),
+        (lambda: regression(0, 5), "d is 0: give a whole number of at least 1."),
+        (lambda: regression(3, 0), "points is 0: give a whole number of at least 1."),
+        (lambda: regression(3, 5, input_range=0), "input_range is 0: give a positive number."),
+        (lambda: regression(3, 5, weight_scale=math.inf), "weight_scale is inf: give a positive number."),
         (
             lambda: embedding_windows(torch.eye(4), torch.arange(4), 1),
-            "length is 1; give a whole number of at least 2.",
+            "length is 1: give a whole number of at least 2.",
         ),
         (
             lambda: embedding_windows(torch.eye(4), torch.arange(4)),
-            "tokens is [4] of torch.int64; give one row of at least 5 ids, one window.",
+            "tokens is [4] of torch.int64: give one row of at least 5 ids, one window.",
         ),
         (
             lambda: embedding_windows(torch.eye(4), torch.ones(9)),
-            "tokens is [9] of torch.float32; give one row of at least 5 ids, one window.",
+            "tokens is [9] of torch.float32: give one row of at least 5 ids, one window.",
         ),
         (
             lambda: embedding_windows(torch.eye(4), torch.arange(5)),
-            "tokens reach from 0 to 4, outside the vocabulary 0..3; give ids inside it.",
+            "tokens reach from 0 to 4, outside the vocabulary 0..3: give ids inside it.",
         ),
     ],
 )

@@ -196,34 +196,34 @@ def test_default_text_has_a_small_vocabulary():
 @pytest.mark.parametrize(
     ("text", "options", "sentence"),
     [
-        ("aaa", {}, "text is a text of 3 characters; give a string with at least two different characters."),
-        (7, {}, "text is a int; give a string with at least two different characters."),
-        ("abc", {}, "trigger_count is 5; give 1 to 3, the number of different characters."),
+        ("aaa", {}, "text is a text of 3 characters: give a string with at least two different characters."),
+        (7, {}, "text is a int: give a string with at least two different characters."),
+        ("abc", {}, "trigger_count is 5: give 1 to 3, the number of different characters."),
         (
             "abc" * 5,
             {"trigger_count": 1, "triggers": "some"},
-            "triggers is 'some'; give 'fixed' or 'random'.",
+            "triggers is 'some': give 'fixed' or 'random'.",
         ),
-        ("abc", {"trigger_count": 1, "outputs": "x"}, "outputs is 'x'; give 'all', 'train' or 'test'."),
+        ("abc", {"trigger_count": 1, "outputs": "x"}, "outputs is 'x': give 'all', 'train' or 'test'."),
         (
             "abc",
             {"trigger_count": 2, "offset": 2, "triggers": "fixed"},
-            "offset is 2; give 0 to 1, so that 2 triggers remain below it in the ranking.",
+            "offset is 2: give 0 to 1, so that 2 triggers remain below it in the ranking.",
         ),
         (
             "abc",
             {"trigger_count": 2, "offset": 1},
-            "offset is 1, which moves fixed triggers only; give 0 with triggers='random'.",
+            "offset is 1, which moves fixed triggers only: give 0 with triggers='random'.",
         ),
         (
             "abc",
             {"trigger_count": 1, "outputs": "test", "bigram_outputs": True},
-            "outputs is 'test' together with bigram_outputs; give outputs='all' or bigram_outputs=False.",
+            "outputs is 'test' together with bigram_outputs: give outputs='all' or bigram_outputs=False.",
         ),
         (
             "abc",
             {"trigger_count": 1, "outputs": "test", "no_repeat": True},
-            "outputs is 'test', which leaves 1 of 3 characters as outputs; give a text with more different characters.",
+            "outputs is 'test', which leaves 1 of 3 characters as outputs: give a text with more different characters.",
         ),
     ],
 )
@@ -235,7 +235,7 @@ def test_bad_input_gets_one_sentence(text, options, sentence):
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
 def test_sizes_below_one(sizes):
-    with pytest.raises(InputError, match=r"^(batch|length) is 0; give at least 1\.$"):
+    with pytest.raises(InputError, match=r"^(batch|length) is 0: give at least 1\.$"):
         bigram(TEXT).sample(*sizes)
 
 
@@ -448,7 +448,7 @@ def test_large_vocabulary():
     assert (sample.triggers != sample.outputs).all()
     first, second = (part[sample.outs == 0] for part in (sample.tokens[:, :-1], sample.tokens[:, 1:]))
     assert torch.isin(first * task.vocab + second, task.pairs[0] * task.vocab + task.pairs[1]).all()
-    with pytest.raises(InputError, match=r"^vocab is 40000, too large for a matrix \[vocab, vocab\]; read pairs"):
+    with pytest.raises(InputError, match=r"^vocab is 40000, too large for a matrix \[vocab, vocab\]: read pairs"):
         _ = task.bigram
 
 
@@ -475,13 +475,13 @@ def test_samples_do_not_depend_on_the_way(monkeypatch, name, value):
 @pytest.mark.parametrize(
     ("ids", "options", "sentence"),
     [
-        ([[1, 2]], {}, "ids is int64 of shape (1, 2); give one row of whole numbers, [position]."),
-        ([1.0, 2.0], {}, "ids is float32 of shape (2,); give one row of whole numbers, [position]."),
-        ([1, 5, 2], {"vocab": 5}, "ids holds 5, outside the vocabulary 0..4; give ids inside it."),
-        ([1, -1, 2], {}, "ids holds -1, outside the vocabulary 0..2; give ids inside it."),
-        ([1, 1, 1], {}, "1 of 2 ids occur; give at least two different ones."),
-        ([1, 0], {"vocab": 3, "vocabulary": "ab"}, "vocabulary has 2 entries; give 3, one for each id."),
-        ([1, 0, 1], {}, "trigger_count is 5; give 1 to 2, the number of different tokens."),
+        ([[1, 2]], {}, "ids is int64 of shape (1, 2): give one row of whole numbers, [position]."),
+        ([1.0, 2.0], {}, "ids is float32 of shape (2,): give one row of whole numbers, [position]."),
+        ([1, 5, 2], {"vocab": 5}, "ids holds 5, outside the vocabulary 0..4: give ids inside it."),
+        ([1, -1, 2], {}, "ids holds -1, outside the vocabulary 0..2: give ids inside it."),
+        ([1, 1, 1], {}, "1 of 2 ids occur: give at least two different ones."),
+        ([1, 0], {"vocab": 3, "vocabulary": "ab"}, "vocabulary has 2 entries: give 3, one for each id."),
+        ([1, 0, 1], {}, "trigger_count is 5: give 1 to 2, the number of different tokens."),
     ],
 )
 def test_bad_tokens_get_one_sentence(ids, options, sentence):
@@ -493,11 +493,11 @@ def test_bad_tokens_get_one_sentence(ids, options, sentence):
 @pytest.mark.parametrize(
     ("unigram", "chain", "sentence"),
     [
-        ([1, 1, 1], [[1, 1]], "unigram and bigram have shapes (3,) and (1, 2); give [vocab] and [vocab, vocab]."),
-        ([1, -1], [[1, 1], [1, 1]], "unigram holds -1; give finite counts of at least 0."),
-        ([1, 1], [[1, math.nan], [1, 1]], "bigram holds nan; give finite counts of at least 0."),
-        ([1, 0], [[1, 0], [0, 0]], "1 of 2 ids occur; give at least two different ones."),
-        ([1, 1, 0], [[1, 1, 1]] * 3, "bigram has a pair with id 2, whose unigram count is 0; give it one above 0."),
+        ([1, 1, 1], [[1, 1]], "unigram and bigram have shapes (3,) and (1, 2): give [vocab] and [vocab, vocab]."),
+        ([1, -1], [[1, 1], [1, 1]], "unigram holds -1: give finite counts of at least 0."),
+        ([1, 1], [[1, math.nan], [1, 1]], "bigram holds nan: give finite counts of at least 0."),
+        ([1, 0], [[1, 0], [0, 0]], "1 of 2 ids occur: give at least two different ones."),
+        ([1, 1, 0], [[1, 1, 1]] * 3, "bigram has a pair with id 2, whose unigram count is 0: give it one above 0."),
     ],
 )
 def test_bad_counts_get_one_sentence(unigram, chain, sentence):
@@ -509,5 +509,5 @@ def test_bad_counts_get_one_sentence(unigram, chain, sentence):
 def test_too_many_ids():
     many = torch.ones(1 << 23)
     nothing = torch.sparse_coo_tensor(torch.empty(2, 0).long(), [], 2 * many.shape, check_invariants=True)
-    with pytest.raises(InputError, match=r"^unigram has 8388608 ids; give at most 8388606\.$"):
+    with pytest.raises(InputError, match=r"^unigram has 8388608 ids: give at most 8388606\.$"):
         BigramTask.from_counts(many, nothing)

@@ -50,30 +50,30 @@ def test_seed_decides_and_global_state_stays():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"length": 0}, "length is 0; give a whole number of at least 1."),
-        ({"batch": 2.5}, "batch is 2.5; give a whole number of at least 1."),
+        ({"length": 0}, "length is 0: give a whole number of at least 1."),
+        ({"batch": 2.5}, "batch is 2.5: give a whole number of at least 1."),
         (
             {"length": 101},
-            "length is 101, but only 100 different ids can be drawn; give a length of at most 100 or more ids.",
+            "length is 101, but only 100 different ids can be drawn: give a length of at most 100 or more ids.",
         ),
         (
             {"length": 100, "bos": 0},
-            "length is 100, but only 99 different ids can be drawn; give a length of at most 99 or more ids.",
+            "length is 100, but only 99 different ids can be drawn: give a length of at most 99 or more ids.",
         ),
-        ({"bos": 100}, "bos is 100, outside the vocabulary 0..99; give an id inside it."),
+        ({"bos": 100}, "bos is 100, outside the vocabulary 0..99: give an id inside it."),
         (
             {"ids": (50, 101)},
-            "ids is (50, 101); give a range (low, high) with 0 <= low < high <= 100, or a list of ids.",
+            "ids is (50, 101): give a range (low, high) with 0 <= low < high <= 100, or a list of ids.",
         ),
         (
             {"ids": [1, 100]},
-            "ids reach from 1 to 100, outside the vocabulary 0..99; give ids inside it.",
+            "ids reach from 1 to 100, outside the vocabulary 0..99: give ids inside it.",
         ),
         (
             {"ids": [0.5]},
-            "ids has 1 dimensions of torch.float32; give one dimension of whole numbers, or (low, high).",
+            "ids has 1 dimensions of torch.float32: give one dimension of whole numbers, or (low, high).",
         ),
-        ({"ids": "abc"}, "ids is of type str; give a range (low, high) or a list of ids."),
+        ({"ids": "abc"}, "ids is of type str: give a range (low, high) or a list of ids."),
     ],
 )
 def test_bad_input_gets_one_sentence(options, sentence):

@@ -53,17 +53,17 @@ def test_batch_bos_and_seed():
 @pytest.mark.parametrize(
     ("text", "options", "sentence"),
     [
-        ("", {}, "text is empty; give a string that is not empty."),
-        (b"abc", {}, "text is of type bytes; give a string that is not empty."),
+        ("", {}, "text is empty: give a string that is not empty."),
+        (b"abc", {}, "text is of type bytes: give a string that is not empty."),
         (
             "abc",
             {"length": 5},
-            "text has 3 tokens, fewer than the 5 that one window of length 5 needs; "
+            "text has 3 tokens, fewer than the 5 that one window of length 5 needs: "
             "give a longer text or a smaller length.",
         ),
-        ("abc", {"length": 0}, "length is 0; give at least 1, so that a token of the text fits."),
-        ("abc", {"length": 1, "bos": 0}, "length is 1; give at least 2, so that a token of the text fits."),
-        ("abc", {"length": 2, "batch": 0}, "batch is 0; give at least 1, or None for every window."),
+        ("abc", {"length": 0}, "length is 0: give at least 1, so that a token of the text fits."),
+        ("abc", {"length": 1, "bos": 0}, "length is 1: give at least 2, so that a token of the text fits."),
+        ("abc", {"length": 2, "batch": 0}, "batch is 0: give at least 1, or None for every window."),
     ],
 )
 def test_bad_input_gets_one_sentence(text, options, sentence):
@@ -82,11 +82,11 @@ def test_read_text(tmp_path):
 @pytest.mark.parametrize(
     ("data", "middle"),
     [
-        (None, "which does not exist; give a text file in UTF-8."),
-        (b"", "which holds no text; give a file that is not empty."),
-        (b" \n", "which holds no text; give a file that is not empty."),
-        (b"ab\0cd", "a binary file (it holds zero bytes); give a text file in UTF-8."),
-        (b"ab\xff", "which is not UTF-8 (byte 2); give a text file in UTF-8."),
+        (None, "which does not exist: give a text file in UTF-8."),
+        (b"", "which holds no text: give a file that is not empty."),
+        (b" \n", "which holds no text: give a file that is not empty."),
+        (b"ab\0cd", "a binary file (it holds zero bytes): give a text file in UTF-8."),
+        (b"ab\xff", "which is not UTF-8 (byte 2): give a text file in UTF-8."),
     ],
 )
 def test_read_text_refuses_in_one_sentence(tmp_path, data, middle):
@@ -99,7 +99,7 @@ def test_read_text_refuses_in_one_sentence(tmp_path, data, middle):
 
 
 def test_read_text_refuses_a_folder(tmp_path):
-    with pytest.raises(InputError, match=r"can't be read \(is a directory\); give a text file\.$"):
+    with pytest.raises(InputError, match=r"can't be read \(is a directory\): give a text file\.$"):
         read_text(tmp_path)
 
 

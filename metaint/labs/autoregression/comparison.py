@@ -7,14 +7,13 @@ Predictions are those of `measures/autoregression.py`, which are derived, and of
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
-from torch import Tensor
 
+from metaint.labs.autoregression.products import coupled_loss, half_way, products, step_of, use_of
 from metaint.labs.autoregression.settings import Settings
 from metaint.labs.autoregression.training import (
     DESCENTS,
@@ -26,7 +25,7 @@ from metaint.labs.autoregression.training import (
     positional_descent,
 )
 from metaint.measures import autoregression, recurrence
-from metaint.toys.linear_attention import linear_attention, regression_attention, regression_step
+from metaint.toys.linear_attention import regression_step
 
 # What predictors of Haar sequences with d = 5 and 50 vectors of length 1 lose, computed once from 4000 sequences of the
 # authors' task with the loss of their `augmented.py`.
@@ -38,8 +37,16 @@ HAAR_REFERENCES = {
 SAVED_POSITIONS = {50.0: (0.334, 0.223, 0.129), 300.0: (0.132, 0.123, 0.114)}
 
 Row = dict[str, Any]
-# Quantity, measured, predicted, and whether it is key.
-Found = tuple[str, Any, float, bool]
+
+
+class Entry(NamedTuple):
+    """One line of a comparison."""
+
+    quantity: str
+    measured: Any
+    predicted: float
+    key: bool = False
+    """Whether it is about the optimum that the setting is about."""
 
 
 def compare(s: Settings, recording: xr.DataTree, model: Any) -> list[Row]:
@@ -49,11 +56,11 @@ def compare(s: Settings, recording: xr.DataTree, model: Any) -> list[Row]:
         "augmented": _augmented, "unitary": _diagonal, "orthogonal": _diagonal, "haar": _haar,
         "positional": _positional, "icl-regression": _regression,
     }[s.setting]  # fmt: skip
-    found = of_setting(s, recording, model)
-    return [
-        {"run": label(s), "seed": s.seed, "quantity": q, "measured": float(m), "predicted": float(p), "key": bool(key)}
-        for q, m, p, key in found
-    ]
+    rows = []
+    for entry in of_setting(s, recording, model):
+        numbers = {"measured": float(entry.measured), "predicted": float(entry.predicted)}
+        rows.append({"run": label(s), "seed": s.seed, "quantity": entry.quantity, **numbers, "key": bool(entry.key)})
+    return rows
 
 
 def label(s: Settings) -> str:
@@ -82,84 +89,17 @@ def final(recording: xr.DataTree, group: str) -> xr.Dataset:
 # ---- augmented tokens -------------------------------------------------------------------------------------------
 
 
-def _augmented(s: Settings, recording: xr.DataTree, model: Any) -> list[Found]:
-    shared = s.model == "shared"
-    best = (autoregression.augmented_shared_optimum if shared else autoregression.augmented_optimum)(s.length, s.d)
+def _augmented(s: Settings, recording: xr.DataTree, model: Any) -> list[Entry]:
+    optimum = autoregression.augmented_optimum
+    if s.model == "shared":
+        optimum = autoregression.augmented_shared_optimum
+    best = optimum(s.length, s.d)
     key = s.model == "diagonal"
     loss = held_out_loss(s, model, MANY)
-    found: list[Found] = [("loss", loss, best.loss, key), ("step", step_of(s, model)[0], best.eta, key)]
+    entries = [Entry("loss", loss, best.loss, key), Entry("step", step_of(s, model)[0], best.eta, key)]
     if s.model in ("blocks", "free"):
-        found.append(("loss, against coupled values", loss, coupled_loss(s.length, s.d), False))
-    return found
-
-
-def coupled_loss(context: int, d: int) -> float:
-    """Least expected loss of one gradient step from whose estimate of a coordinate eps of every other is taken off.
-
-    With n = T - 1 the noise in a coordinate's estimate is eta² (A (1 - eps)² + B eps²), where A = n (d - 1) is that of
-    a plain step and B = n² (d - 1) + 2 n (d - 1) (d - 2). At the best eps it is eta² N with N = A B / (A + B), and at
-    the best eta the loss is N / (n² + N). Derived, for W of kind "unitary" and s_1 = 1_d; .3467 at d = 5 and T = 8,
-    where a plain step has .3636.
-    """
-    n = context - 1
-    own, others = n * (d - 1), n * n * (d - 1) + 2 * n * (d - 1) * (d - 2)
-    noise = own * others / max(own + others, 1)
-    return noise / (n * n + noise)
-
-
-def products(s: Settings, model: Any) -> tuple[Float[Tensor, "2*d 2*d"], Float[Tensor, "2*d d"]]:
-    """W_Q W_K^T and W_V W_O of the one head, of (s_t, s_{t-1}) and into the first slot: all that predictions tell."""
-    QK, OV = model.W_Q[0, 0] @ model.W_K[0, 0].mT, model.W_V[0, 0] @ model.W_O[0, 0]
-    return QK[s.d :, s.d :].detach(), OV[s.d :, : s.d].detach()
-
-
-def step_of(s: Settings, model: Any) -> tuple[float, float]:
-    """Mean and standard deviation over coordinates of the step: the diagonal of the construction's block of W_V W_O
-    times that of its block of W_Q W_K^T."""
-    QK, OV = products(s, model)
-    steps = OV[: s.d].diagonal() * QK[: s.d, s.d :].diagonal()
-    return steps.mean().item(), steps.std(correction=0).item()
-
-
-def _use(s: Settings, model: Any) -> dict[str, float]:
-    """Where the weights are: shares of squared norms on the diagonals of the construction's blocks, beside them
-    ("coupling" coordinates), and in other blocks; and the loss without either."""
-    QK, OV = products(s, model)
-    one = torch.eye(s.d)
-    masks = {"diagonal": one, "coupling": 1 - one}
-    QKs = {name: _placed(QK, mask, s.d) for name, mask in masks.items()}
-    OVs = {name: _placed(OV, mask, 0) for name, mask in masks.items()}
-    shares = {}
-    for product, parts in (("QK", (QK, QKs)), ("OV", (OV, OVs))):
-        for name, part in parts[1].items():
-            shares[f"{product}_{name}"] = float(part.square().sum() / parts[0].square().sum())
-        rest = parts[0] - sum(parts[1].values())
-        shares[f"{product}_other"] = float(rest.square().sum() / parts[0].square().sum())
-    without = {
-        "loss_without_coupling": (QK - QKs["coupling"], OV - OVs["coupling"]),
-        "loss_without_other": (QKs["diagonal"] + QKs["coupling"], OVs["diagonal"] + OVs["coupling"]),
-    }
-    return {**shares, **{name: held_out_loss(s, _with_products(s, *parts), MANY) for name, parts in without.items()}}
-
-
-def _placed(product: Tensor, mask: Tensor, column: int) -> Tensor:
-    """A product with zeros but for these entries of the block in its first d rows."""
-    d = len(mask)
-    out = torch.zeros_like(product)
-    out[:d, column : column + d] = mask * product[:d, column : column + d]
-    return out
-
-
-def _with_products(s: Settings, QK: Tensor, OV: Tensor) -> Any:
-    """A model with these products: what a head reads and writes is in its values and queries alone."""
-    model = linear_attention(s.d)
-    attn = model.blocks[0].attn
-    with torch.no_grad():
-        for weight in (attn.W_Q, attn.W_K, attn.W_V, attn.W_O):
-            weight.zero_()
-        attn.W_Q[0, s.d :, s.d :], attn.W_V[0, s.d :, : s.d] = QK, OV
-        attn.W_K[0], attn.W_O[0] = torch.eye(3 * s.d), torch.eye(3 * s.d)
-    return model
+        entries.append(Entry("loss, against coupled values", loss, coupled_loss(s.length, s.d)))
+    return entries
 
 
 # ---- diagonal heads ---------------------------------------------------------------------------------------------
@@ -170,42 +110,48 @@ def enough_heads(s: Settings) -> int:
     return s.d if s.setting == "unitary" else s.d // 2
 
 
-def _diagonal(s: Settings, recording: xr.DataTree, model: Any) -> list[Found]:
-    """Of each number of heads the loss, and of as many as a loss of 0 takes what their weights are."""
+def _diagonal(s: Settings, recording: xr.DataTree, model: Any) -> list[Entry]:
+    """The loss with each number of heads, and with as many as a loss of 0 takes, what their weights are."""
     kind: Any = s.setting
     least = autoregression.diagonal_minimum(kind, s.d, s.heads)
     enough = enough_heads(s)
-    found = [("loss", float(final(recording, "training")["held_out_loss"]), least, True)]
+    entries = [Entry("loss", float(final(recording, "training")["held_out_loss"]), least, key=True)]
     if s.heads < enough:
-        return found
+        return entries
     data = final(recording, "structure")
-    ratios, ideal = data["positional_ratio"].values[1:], 0.0 if kind == "unitary" else -0.5
-    found.append(("p_{T-1} / p_T, farthest", ratios[np.argmax(np.abs(ratios - ideal))], ideal, s.heads == enough))
-    concentration = data["positional_concentration"].values.min()
-    found.append(("weight of the last two positions, least", concentration, 1, False))
-    found.append(("error of p_T C, largest", data["block_error"].sel(kind=kind).values.max(), 0, False))
-    orthogonality = float(data["head_orthogonality"].values[0])
+    ideal = 0.0 if kind == "unitary" else -0.5
+    ratios = data["positional_ratio"].values[1:]
+    farthest = ratios[np.argmax(np.abs(ratios - ideal))]
     # With more heads than the minimum takes, nothing makes them orthogonal.
-    found.append(("head orthogonality", orthogonality, 0 if s.heads == enough else math.nan, s.heads == enough))
-    return [*found, ("effective rank of C", float(data["effective_rank"].values[0]), enough, False)]
+    just_enough = s.heads == enough
+    orthogonal = 0.0 if just_enough else math.nan
+    return [
+        *entries,
+        Entry("p_{T-1} / p_T, farthest", farthest, ideal, just_enough),
+        Entry("weight of the last two positions, least", data["positional_concentration"].values.min(), 1),
+        Entry("error of p_T C, largest", data["block_error"].sel(kind=kind).values.max(), 0),
+        Entry("head orthogonality", float(data["head_orthogonality"].values[0]), orthogonal, just_enough),
+        Entry("effective rank of C", float(data["effective_rank"].values[0]), enough),
+    ]
 
 
 # ---- sequences that don't commute -------------------------------------------------------------------------------
 
 
-def _haar(s: Settings, recording: xr.DataTree, model: Any) -> list[Found]:
+def _haar(s: Settings, recording: xr.DataTree, model: Any) -> list[Entry]:
     """Mean losses over contexts of the recorded sequences, beside as many gradient steps as there are layers."""
     data = final(recording, "recurrence")
-    one_step = s.model == "linear" and s.layers == 1
-    reference = "gradient_step" if one_step else f"gradient_steps_{s.layers}"
     if s.layers not in DESCENTS:
-        return [("loss", float(data["loss"].mean()), math.nan, False)]
-    words = "1 step, one eta" if one_step else f"{s.layers} step{'s' * (s.layers > 1)}"
-    after = data["position"] > s.d
+        return [Entry("loss", float(data["loss"].mean()), math.nan)]
+    reference, words = f"gradient_steps_{s.layers}", f"{s.layers} step{'s' * (s.layers > 1)}"
+    if s.model == "linear" and s.layers == 1:
+        reference, words = "gradient_step", "1 step, one eta"
     measured, predicted = data["loss"], data[f"loss_{reference}"]
+    after = data["position"] > s.d
+    later = float(measured.where(after).mean()), float(predicted.where(after).mean())
     return [
-        (f"loss, against {words}", float(measured.mean()), float(predicted.mean()), True),
-        (f"the same at T > {s.d}", float(measured.where(after).mean()), float(predicted.where(after).mean()), False),
+        Entry(f"loss, against {words}", float(measured.mean()), float(predicted.mean()), key=True),
+        Entry(f"the same at T > {s.d}", *later),
     ]
 
 
@@ -222,24 +168,27 @@ def _unit_step(s: Settings) -> float:
 # ---- positions alone --------------------------------------------------------------------------------------------
 
 
-def _positional(s: Settings, recording: xr.DataTree, model: Any) -> list[Found]:
+def _positional(s: Settings, recording: xr.DataTree, model: Any) -> list[Entry]:
     steps = steps_of(recording)
     rows = recurrence.positional_rows(model.P.detach()).double()
-    there, predicted = positional_descent(s, steps)
-    last, expected = rows[-1], there[-1]
+    descended, predicted = positional_descent(s, steps)
+    last, expected = rows[-1], descended[-1]
     loss = float(final(recording, "training")["held_out_loss"])
-    found: list[Found] = [] if steps == s.steps else [("steps until it stopped", steps, _steps_needed(s), True)]
-    found += [
-        ("loss there", loss, predicted, False),
-        ("p_T of the last row", last[-1], expected[-1], True),
-        ("p_{T-1} of the last row", last[-2], expected[-2], False),
-        ("distance of P", (rows - there).norm() / there.norm(), 0, False),
+    entries = []
+    if steps != s.steps:
+        entries.append(Entry("steps until it stopped", steps, _steps_needed(s), key=True))
+    entries += [
+        Entry("loss there", loss, predicted),
+        Entry("p_T of the last row", last[-1], float(expected[-1]), key=True),
+        Entry("p_{T-1} of the last row", last[-2], float(expected[-2])),
+        Entry("distance of P", (rows - descended).norm() / descended.norm(), 0),
     ]
     if s.length == 30 and s.learning_rate == 0.5:
-        saved = SAVED_POSITIONS.get(s.mu, ())
-        found += [(f"p_{{T-{i}}}, as saved by authors", last[-1 - i], value, False) for i, value in enumerate(saved, 1)]
-        found += [("sum of the row but p_T, as saved", last[:-1].sum(), 0.526, False)] * (s.mu == 50)
-    return found
+        for i, value in enumerate(SAVED_POSITIONS.get(s.mu, ()), 1):
+            entries.append(Entry(f"p_{{T-{i}}}, as saved by authors", last[-1 - i], value))
+        if s.mu == 50:
+            entries.append(Entry("sum of the row but p_T, as saved", last[:-1].sum(), 0.526))
+    return entries
 
 
 def _steps_needed(s: Settings) -> int:
@@ -250,40 +199,23 @@ def _steps_needed(s: Settings) -> int:
 # ---- regression -------------------------------------------------------------------------------------------------
 
 
-def _regression(s: Settings, recording: xr.DataTree, model: Any) -> list[Found]:
+def _regression(s: Settings, recording: xr.DataTree, model: Any) -> list[Entry]:
     data, best = final(recording, "recurrence"), autoregression.regression_optimum(s.length, s.d)
     if s.layers > 1:
-        predicted = float(data[f"loss_gradient_steps_{s.layers}"]) if s.layers in DESCENTS else math.nan
-        return [(f"loss, against {s.layers} steps of one size", float(data["loss"]), predicted, False)]
-    loss = held_out_loss(s, model, MANY)
+        predicted = math.nan
+        if s.layers in DESCENTS:
+            predicted = float(data[f"loss_gradient_steps_{s.layers}"])
+        return [Entry(f"loss, against {s.layers} steps of one size", float(data["loss"]), predicted)]
     construction = held_out_loss(s, regression_step(s.d, s.length, best.eta), MANY)
-    found = [
-        ("loss of the construction", construction, best.loss, True),
-        ("loss", loss, best.loss, True),
-        ("step", float(data["step_size"]), best.eta, True),
-        ("difference of predictions", float(data["prediction_difference"]), 0, False),
-        ("cosine of sensitivities", float(data["sensitivity_cosine"]), 1, False),
-        ("difference of sensitivities", float(data["model_difference"]), 0, False),
+    return [
+        Entry("loss of the construction", construction, best.loss, key=True),
+        Entry("loss", held_out_loss(s, model, MANY), best.loss, key=True),
+        Entry("step", float(data["step_size"]), best.eta, key=True),
+        Entry("difference of predictions", float(data["prediction_difference"]), 0),
+        Entry("cosine of sensitivities", float(data["sensitivity_cosine"]), 1),
+        Entry("difference of sensitivities", float(data["model_difference"]), 0),
+        Entry("loss half-way to the construction", held_out_loss(s, half_way(s, model), MANY), best.loss),
     ]
-    found.append(("loss half-way to the construction", held_out_loss(s, _half_way(s, model), MANY), best.loss, False))
-    return found
-
-
-def _half_way(s: Settings, model: Any) -> Any:
-    """The mean of the model's products and the construction's, once both queries and keys have the same scale."""
-    construction = regression_step(s.d, s.length, autoregression.regression_optimum(s.length, s.d).eta)
-    QKs, OVs = [], []
-    for one in (model, construction):
-        QK, OV = one.W_Q[0, 0] @ one.W_K[0, 0].mT, one.W_V[0, 0] @ one.W_O[0, 0]
-        scale = QK.diagonal()[: s.d].mean()
-        QKs.append(QK / scale)
-        OVs.append(OV * scale)
-    mixed = regression_attention(s.d, s.length)
-    attn = mixed.blocks[0].attn
-    with torch.no_grad():
-        attn.W_Q[0], attn.W_V[0] = (torch.stack(parts).mean(0) for parts in (QKs, OVs))
-        attn.W_K[0], attn.W_O[0] = torch.eye(s.d + 1), torch.eye(s.d + 1)
-    return mixed
 
 
 # ---- numbers of a run -----------------------------------------------------------------------------------------
@@ -314,7 +246,8 @@ def describe(s: Settings, recording: xr.DataTree, model: Any, rows: Sequence[Row
         mean, spread = step_of(s, model)
         signs = products(s, model)[1][: s.d].diagonal().sign().sum().abs()
         row |= {"step": mean, "step_spread": spread, "flipped": int((s.d - signs) / 2)}
-        row |= _use(s, model) if s.model in ("blocks", "free") else {}
+        if s.model in ("blocks", "free"):
+            row |= use_of(s, model)
     if s.diagonal:
         row["reached"] = float(training["reached"])
     return row

@@ -1,11 +1,10 @@
 """One recorded run of the autoregression lab, which outlives a kill.
 
-In: `Settings` and a folder. Out: the folder with `settings.json`, `recording.zarr` and `state.safetensors`. The state
-is saved after each record, so that what a kill leaves of the recording is at most one record ahead of it.
+In: `Settings` and a folder. Out: the folder of a resumable run (`labs/common/resumable.py`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 import xarray as xr
 from torch import nn
 
-from metaint.errors import StoreError
 from metaint.labs.autoregression.settings import Settings
 from metaint.labs.autoregression.training import (
     DESCENTS,
@@ -30,7 +28,8 @@ from metaint.labs.autoregression.training import (
     trained,
 )
 from metaint.labs.common.checks import finite
-from metaint.labs.common.run_folder import claim, load_state, save_state
+from metaint.labs.common.resumable import RECORDING, go_on, load_trained, resume
+from metaint.labs.common.run_folder import claim
 from metaint.measures import autoregression
 from metaint.models.structure import structure
 from metaint.scanning.record_store import append, create, trim, with_step
@@ -39,7 +38,6 @@ from metaint.scans.recordings import read_recording
 from metaint.toys.diagonal_attention import DiagonalAttention
 from metaint.toys.vector_model import VectorModel
 
-RECORDING = "recording.zarr"
 # Sequences that comparisons read.
 _READ = 128
 # Norms of gradients are clipped at this; the second as in the source, where it is 10 from 3 layers on.
@@ -64,17 +62,7 @@ def train_run(
     """
     folder = Path(folder)
     claim(folder, asdict(settings))
-    run = _Run(folder, settings)
-    often, planned = max(1, settings.steps // 100), set(settings.record_steps)
-    while True:
-        finished = run.step >= settings.steps or run.reached()
-        if finished or run.step in planned:
-            run.record()
-        if finished or run.step % often == 0:
-            on_step(run.step, run.loss)
-        if finished:
-            return read_recording(folder / RECORDING)
-        run.take_step()
+    return go_on(_Run(folder, settings), on_step, every=max(1, settings.steps // 100))
 
 
 class _Run:
@@ -95,10 +83,28 @@ class _Run:
             self.steps = read_recording(self.path)["training"].to_dataset()["step"].values.tolist()
         if self.steps:
             trim(self.path, len(self.steps))  # what a kill left of a torn record
-        self.step = load_state(folder, self.module, self.optimizer) or 0
-        missing = {step for step in settings.record_steps if step <= self.step} - set(self.steps)
-        if self.step and missing:
-            raise StoreError(f"{folder} lacks its record of step {min(missing)}: delete the folder to train it again.")
+        self.step = resume(self)
+
+    @property
+    def number(self) -> float:
+        """The last loss."""
+        return self.loss
+
+    @property
+    def recorded(self) -> Collection[int]:
+        return self.steps
+
+    def model_and_optimizer(self) -> tuple[Any, Any]:
+        return self.module, self.optimizer
+
+    def has_ended(self) -> bool:
+        """Whether all steps were taken, or the loss of "positional" is so low that it is done."""
+        if self.step >= self.settings.steps:
+            return True
+        if self.settings.setting != "positional":
+            return False
+        with torch.no_grad():
+            return bool(expected_losses(self.settings, self.module)[0] < REACHED)
 
     def take_step(self) -> None:
         """One optimiser step on the sequences of this step."""
@@ -122,25 +128,16 @@ class _Run:
         self.step += 1
         self.loss = self.finite(loss.item())
 
-    def reached(self) -> bool:
-        """Whether the loss is so low that "positional" is done."""
-        if self.settings.setting != "positional":
-            return False
-        with torch.no_grad():
-            return bool(expected_losses(self.settings, self.module)[0] < REACHED)
-
-    def record(self) -> None:
-        """Record this step, unless it is recorded already, and save the state."""
-        if self.step not in self.steps:
-            groups = {name: with_step(data, self.step) for name, data in self.read().items()}
-            if self.steps:
-                append(self.path, groups, len(self.steps))
-            else:
-                create(
-                    self.path, groups, {"task": "autoregressive", "run": self.settings.name, **asdict(self.settings)}
-                )
-            self.steps.append(self.step)
-        save_state(self.folder, self.module, self.optimizer, self.step)
+    def record(self, again: bool) -> None:
+        if again:
+            return
+        groups = {name: with_step(data, self.step) for name, data in self.read().items()}
+        if self.steps:
+            append(self.path, groups, len(self.steps))
+        else:
+            attributes = {"task": "autoregressive", "run": self.settings.name, **asdict(self.settings)}
+            create(self.path, groups, attributes)
+        self.steps.append(self.step)
 
     @torch.no_grad()
     def read(self) -> dict[str, xr.Dataset]:
@@ -169,7 +166,4 @@ class _Run:
 
 def run_model(folder: str | Path, settings: Settings) -> VectorModel:
     """The model of a run as it was last saved; StoreError if there is none."""
-    module = build(settings)
-    if load_state(Path(folder), module) is None:
-        raise StoreError(f"{folder} holds no trained model: give a folder that train_run wrote.")
-    return trained(settings, module)
+    return trained(settings, load_trained(folder, build(settings)))

@@ -18,8 +18,9 @@ import xarray as xr
 from rich.console import Console
 
 from metaint.errors import InputError
-from metaint.labs.autoregression.comparison import compare, describe, enough_heads, label, products, steps_of
+from metaint.labs.autoregression.comparison import compare, describe, enough_heads, label, steps_of
 from metaint.labs.autoregression.findings import last_line, print_findings
+from metaint.labs.autoregression.products import products
 from metaint.labs.autoregression.run import run_model, train_run
 from metaint.labs.autoregression.settings import MODELS, SIZES, Settings, runs
 from metaint.labs.autoregression.training import DESCENTS, positional_descent

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 from rich.console import Console
 
-from metaint.labs.birth.run import Settings
+from metaint.labs.birth.settings import Settings
 from metaint.scans.curves import first_passing, memory_curves
 from metaint.views.drawing.terminal import number, plain_table
 

@@ -19,8 +19,10 @@ from rich.console import Console
 
 from metaint.errors import InputError
 from metaint.labs.birth.findings import describe, last_line, print_findings
-from metaint.labs.birth.run import RECORDING, Settings, first_gradients, frozen_steps, states_of, train_run
+from metaint.labs.birth.run import first_gradients, states_of, train_run
+from metaint.labs.birth.settings import Settings, frozen_steps
 from metaint.labs.birth.training import restore
+from metaint.labs.common.resumable import RECORDING
 from metaint.labs.common.side_by_side import OnStep, check_study, train_all
 from metaint.scans.recordings import read_recording
 from metaint.scans.store import write_text

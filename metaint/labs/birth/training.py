@@ -66,11 +66,11 @@ class Trainer:
         self.loss, self.frozen, self.step = loss, dict(frozen or {}), 0
         self.matrices = matrices(model)
         if batch < 1:
-            raise InputError(f"batch is {batch}; give at least 1.")
+            raise InputError(f"batch is {batch}: give at least 1.")
         if loss not in ("head", "all"):
-            raise InputError(f'loss is {loss!r}; give "head" or "all".')
+            raise InputError(f'loss is {loss!r}: give "head" or "all".')
         if unknown := set(self.frozen) - set(self.matrices):
-            raise InputError(f"frozen names {sorted(unknown)[0]!r}; name some of {', '.join(self.matrices)}.")
+            raise InputError(f"frozen names {sorted(unknown)[0]!r}: name some of {', '.join(self.matrices)}.")
         options: Any = {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
         self.optimizer = torch.optim.SGD(self.matrices.values(), **options)
 
@@ -179,13 +179,13 @@ def train(
     """
     for name, value in (("steps", steps), ("every", every)):
         if value < 1:
-            raise InputError(f"{name} is {value}; give at least 1.")
+            raise InputError(f"{name} is {value}: give at least 1.")
     if keep < 2:
-        raise InputError(f"keep is {keep}; give at least 2, for the first and the last state.")
+        raise InputError(f"keep is {keep}: give at least 2, for the first and the last state.")
     if not 0 < target <= 1:
-        raise InputError(f"target is {target}; give an accuracy above 0 and up to 1.")
+        raise InputError(f"target is {target}: give an accuracy above 0 and up to 1.")
     if settle < 1:
-        raise InputError(f"settle is {settle}; give at least 1, which stops once the target is passed.")
+        raise InputError(f"settle is {settle}: give at least 1, which stops once the target is passed.")
     held_out = held_out_sample(task, 128, length, seed, device)
     model = memory_transformer(d_vocab=task.vocab, n_ctx=length, d_model=d, seed=seed, device=device)
     trainer = Trainer(model, task, length=length, batch=batch, learning_rate=learning_rate, seed=seed)
@@ -223,7 +223,7 @@ def held_out_sample(task: BigramTask, count: int, length: int, seed: int, device
     """Sequences that no step is trained on; InputError if no trigger comes twice in them."""
     found = task.sample(count, length, torch.Generator().manual_seed(seed << 32), device)
     if not (found.outs >= 2).any():
-        raise InputError(f"length is {length}, too short for a trigger to come twice; give more, or more triggers.")
+        raise InputError(f"length is {length}, too short for a trigger to come twice: give more, or more triggers.")
     return found
 
 

@@ -14,7 +14,8 @@ import torch
 import xarray as xr
 from rich.console import Console
 
-from metaint.labs.norm_growth.run import Settings, characters, trained_model
+from metaint.labs.norm_growth.run import trained_model
+from metaint.labs.norm_growth.settings import Settings, characters
 from metaint.measures import growth
 from metaint.measures.saturation import EXPECTED_SLOPES
 from metaint.scanning.saturate import saturate

@@ -1,16 +1,15 @@
 """One training run of the norm growth lab: a small language model on characters, recorded, that outlives a kill.
 
-In: `Settings`, a folder and a text. Out: the folder with `settings.json`, `recording.zarr` and `state.safetensors`. The
-state is saved after each record, so that what a kill leaves of the recording is at most one record ahead of it.
+In: `Settings`, a folder and a text. Out: the folder of a resumable run (`labs/common/resumable.py`).
 """
 
-import hashlib
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import xarray as xr
@@ -18,105 +17,26 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metaint.errors import InputError, StoreError
-from metaint.labs.common.checks import above_zero, at_least, choose, finite, zero_or_above
-from metaint.labs.common.run_folder import claim, load_state, read_settings, save_state
+from metaint.errors import StoreError
+from metaint.labs.common.checks import finite
+from metaint.labs.common.resumable import RECORDING, TEXT, go_on, keep, load_trained, resume, settings_in
+from metaint.labs.common.run_folder import claim
+from metaint.labs.norm_growth.settings import Characters, Settings, characters
 from metaint.probes.heads import HeadProbe
 from metaint.probes.saturation import SaturationProbe
 from metaint.probes.weights import WeightProbe
 from metaint.scanning.recorder import Recorder
 from metaint.scanning.scan import attach
-from metaint.scans.recordings import read_recording
-from metaint.tasks.text import fold_prose, python_prose
 from metaint.toys.small import small_transformer
 
-NORMS, OPTIMISERS = ("pre", "output", "post"), ("adamw", "sgd")
-# At these each placement of the norm learns within some hundred steps; the decays are torch's defaults.
-LEARNING_RATES = {"adamw": 3e-3, "sgd": 0.3}
-WEIGHT_DECAYS = {"adamw": 0.01, "sgd": 0.0}
-# Share of the text held out, how many windows of it the loss and the probes read, and the positions they sample.
-_HELD_OUT, _LOSS_WINDOWS, _PROBE_WINDOWS, _POSITIONS = 0.1, 64, 16, 16
-_WARMUP, _MOMENTUM = 0.1, 0.9
+# Held-out windows that the probes read.
+_PROBE_WINDOWS = 16
+# Positions of each that the saturation probe samples.
+_POSITIONS = 16
+# Of SGD.
+_MOMENTUM = 0.9
 # Seconds of steps that are timed.
 _MEASURED = 2.0
-RECORDING = "recording.zarr"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that makes a run what it is, but for its text.
-
-    Without them (None) `learning_rate` and `weight_decay` are those of `LEARNING_RATES` and `WEIGHT_DECAYS`. Raises
-    InputError for what can't be trained.
-    """
-
-    norm: str
-    optimiser: str
-    steps: int
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    seed: int = 0
-    records: int = 25
-    n_layers: int = 4
-    n_heads: int = 4
-    d_model: int = 64
-    length: int = 64
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        choose("norm", self.norm, NORMS)
-        choose("optimiser", self.optimiser, OPTIMISERS)
-        for name, defaults, check in (
-            ("learning_rate", LEARNING_RATES, above_zero),
-            ("weight_decay", WEIGHT_DECAYS, zero_or_above),
-        ):
-            value: Any = getattr(self, name)
-            value = defaults[self.optimiser] if value is None else value
-            check(name, value)
-            object.__setattr__(self, name, float(value))
-        at_least(self, steps=1, seed=0, records=2, length=3, batch=1)
-
-    @property
-    def name(self) -> str:
-        """What the run and its folder are called."""
-        return f"{self.norm}-{self.optimiser}-lr{self.learning_rate:g}-wd{self.weight_decay:g}"
-
-    @property
-    def warmup_steps(self) -> int:
-        """For how many steps the learning rate rises."""
-        return math.ceil(_WARMUP * self.steps)
-
-    @property
-    def record_steps(self) -> list[int]:
-        """About `records` steps from 0 to the last, like a power law: every step at first, then ever wider apart."""
-        spread = (max(i, round(self.steps * (i / (self.records - 1)) ** 2.5)) for i in range(self.records))
-        return sorted({0, self.steps, *(step for step in spread if step < self.steps)})
-
-
-class Characters(NamedTuple):
-    """A text as tokens, one a character: what is trained on, and windows of what is held out."""
-
-    train: Int[Tensor, " position"]
-    held_out: Int[Tensor, "window position"]
-    vocabulary: int
-    entropy: float
-    """Of the text's characters, in nats: the loss of a model that knows their frequencies and no more."""
-    sha256: str
-
-
-def characters(text: str | None, length: int) -> Characters:
-    """The text (default: Python's prose), folded, as characters; InputError if it is too short for the windows."""
-    folded = fold_prose(python_prose() if text is None else text)
-    rest = math.floor(len(folded) * _HELD_OUT)
-    if rest < 2 * length:
-        need = math.ceil(2 * length / _HELD_OUT)
-        raise InputError(f"text has {len(folded)} characters: give at least {need}, for windows of {length}.")
-    ids = {character: i for i, character in enumerate(sorted(set(folded)))}
-    tokens = torch.tensor([ids[character] for character in folded])
-    share = tokens.bincount().double() / len(tokens)
-    held_out = tokens[-rest:][: rest // length * length].view(-1, length)[:_LOSS_WINDOWS]
-    digest = hashlib.sha256(folded.encode()).hexdigest()[:16]
-    return Characters(tokens[:-rest], held_out, len(ids), -(share * share.log()).sum().item(), digest)
 
 
 def train_run(
@@ -134,29 +54,24 @@ def train_run(
     when a loss is not finite, StoreError if the folder is damaged or can't be written.
     """
     folder, data = Path(folder), characters(text, settings.length)
-    claim(folder, {**asdict(settings), "text_sha256": data.sha256})
-    _Run(folder, settings, data).train(progress)
-    return read_recording(folder / RECORDING)
+    claim(folder, {**asdict(settings), TEXT: data.sha256})
+    run = _Run(folder, settings, data)
+    with tqdm(total=settings.steps, initial=run.step, disable=not progress, desc=settings.name, leave=False) as bar:
+        return go_on(run, lambda step, _: bar.update(step - bar.n))
 
 
 def trained_model(folder: str | Path, text: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a run on this text as it was last saved, in this precision; StoreError if there is none."""
-    folder, settings = Path(folder), settings_of(folder)
-    if settings is not None:
-        model = _build(settings, characters(text, settings.length), dtype)[0]
-        if load_state(folder, model) is not None:
-            return model
-    raise StoreError(f"{folder} holds no trained model: give a folder that train_run wrote.")
+    settings = settings_of(folder)
+    if settings is None:
+        raise StoreError(f"{folder} holds no trained model: give a folder that train_run wrote.")
+    model, _ = _build(settings, characters(text, settings.length), dtype)
+    return load_trained(folder, model)
 
 
 def settings_of(folder: str | Path) -> Settings | None:
     """The settings of the run in a folder, None if it holds none; StoreError if they are damaged."""
-    content = read_settings(Path(folder))
-    try:
-        known = {name: value for name, value in (content or {}).items() if name != "text_sha256"}
-        return None if content is None else Settings(**known)
-    except TypeError:
-        raise StoreError(f"{folder} holds a run of another kind: give a folder that train_run wrote.") from None
+    return settings_in(folder, Settings)
 
 
 def seconds(settings: Settings, text: str | None = None) -> tuple[float, float]:
@@ -164,12 +79,12 @@ def seconds(settings: Settings, text: str | None = None) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(Path(folder), settings, characters(text, settings.length))
         run.take_step()
-        run.record([])  # the first is slow: it audits the model
+        keep(run)  # the first is slow: it audits the model
         times = [time.perf_counter()]
         while len(times) < 4 or times[-1] - times[0] < _MEASURED:
             run.take_step()
             times.append(time.perf_counter())
-        run.record([])
+        keep(run)
         return (times[-1] - times[0]) / (len(times) - 1), time.perf_counter() - times[-1]
 
 
@@ -192,28 +107,27 @@ class _Run:
             attributes={"task": "text", "run": settings.name, "warmup_steps": settings.warmup_steps},
             resume=True,
         )
-        saved = load_state(folder, self.model, self.optimizer)
-        missing = {step for step in settings.record_steps if step <= (saved or 0)} - set(self.recorder.steps)
-        if saved is not None and missing:
-            raise StoreError(f"{folder} lacks its record of step {min(missing)}: delete the folder to train it again.")
-        self.step = saved or 0
+        self.losses: list[float] = []
+        """Of each step since the record before."""
+        self.step = resume(self)
 
-    def train(self, progress: bool) -> None:
-        """From here to the last step."""
-        steps, planned = self.settings.steps, set(self.settings.record_steps)
-        losses: list[float] = []
-        if self.step < steps:
-            self.record(losses)
-        with tqdm(total=steps, initial=self.step, disable=not progress, desc=self.settings.name, leave=False) as bar:
-            while self.step < steps:
-                losses.append(self.take_step())
-                bar.update()
-                if self.step in planned:
-                    self.record(losses)
-                    losses.clear()
+    @property
+    def number(self) -> float:
+        """The mean loss since the record before; NaN where no step was taken."""
+        return sum(self.losses) / len(self.losses) if self.losses else math.nan
 
-    def take_step(self) -> float:
-        """One optimiser step on the batch of this step; its loss in nats."""
+    @property
+    def recorded(self) -> Collection[int]:
+        return self.recorder.steps
+
+    def model_and_optimizer(self) -> tuple[Any, Any]:
+        return self.model, self.optimizer
+
+    def has_ended(self) -> bool:
+        return self.step >= self.settings.steps
+
+    def take_step(self) -> None:
+        """One step on the batch of this step."""
         rate: Any = self.settings.learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate * min(1.0, (self.step + 1) / self.settings.warmup_steps)
@@ -222,7 +136,7 @@ class _Run:
         loss.backward()
         self.optimizer.step()
         self.step += 1
-        return self.finite(loss.item())
+        self.losses.append(self.finite(loss.item()))
 
     def batch(self) -> Int[Tensor, "batch position"]:
         """Windows of the text at random places, which seed and step tell."""
@@ -231,17 +145,15 @@ class _Run:
         starts = torch.randint(len(self.data.train) - length + 1, (self.settings.batch, 1), generator=generator)
         return self.data.train[starts + torch.arange(length)]
 
-    def record(self, losses: list[float]) -> None:
-        """Record this step, unless it is recorded already, and save the state."""
+    def record(self, again: bool) -> None:
         with torch.no_grad():
             held_out = self.finite(self.model(self.data.held_out, return_type="loss").item())
-        if self.step in self.recorder.steps:
+        if again:
             with attach(self.model, self.weights):  # which compares the next record with this one
                 pass
         else:
-            loss = sum(losses) / len(losses) if losses else math.nan
-            self.recorder(self.step, loss=loss, held_out_loss=held_out)
-        save_state(self.folder, self.model, self.optimizer, self.step)
+            self.recorder(self.step, loss=self.number, held_out_loss=held_out)
+        self.losses.clear()
 
     def finite(self, loss: float) -> float:
         """The loss; `Diverged` if it isn't finite."""

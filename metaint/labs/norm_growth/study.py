@@ -19,18 +19,9 @@ from rich.console import Console
 from metaint.errors import InputError
 from metaint.labs.common.side_by_side import Diverged
 from metaint.labs.norm_growth.findings import describe, facts_of_run, print_findings, slopes_of
-from metaint.labs.norm_growth.run import (
-    NORMS,
-    OPTIMISERS,
-    Settings,
-    characters,
-    seconds,
-    settings_of,
-    train_run,
-)
+from metaint.labs.norm_growth.run import seconds, settings_of, train_run
+from metaint.labs.norm_growth.settings import NORMS, OPTIMISERS, Settings, characters
 from metaint.scans.store import write_text
-
-__all__ = ["Findings", "Settings", "run", "study", "train_run"]
 
 _FEWEST_STEPS = 30
 # Of the minutes, what is left for opening models, measuring slopes and drawing.

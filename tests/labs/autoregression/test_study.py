@@ -12,11 +12,13 @@ from rich.console import Console
 
 from metaint.errors import InputError, StoreError
 from metaint.labs.autoregression import study as lab, training
-from metaint.labs.autoregression.comparison import _use, _with_products, compare, coupled_loss, products, step_of
+from metaint.labs.autoregression.comparison import compare
 from metaint.labs.autoregression.findings import four, last_line, over_seeds
-from metaint.labs.autoregression.run import RECORDING, run_model, train_run
+from metaint.labs.autoregression.products import coupled_loss, products, step_of, use_of, with_products
+from metaint.labs.autoregression.run import run_model, train_run
 from metaint.labs.autoregression.settings import Settings
 from metaint.labs.autoregression.training import Starts
+from metaint.labs.common.resumable import RECORDING
 from metaint.labs.common.side_by_side import Diverged
 from metaint.measures.autoregression import augmented_optimum, regression_optimum, unitary_loss
 from metaint.measures.recurrence import positional_rows
@@ -162,7 +164,7 @@ def test_weights_of_the_construction_are_its_diagonals() -> None:
     mean, spread = step_of(s, model)
     assert mean == pytest.approx(best.eta)
     assert spread == pytest.approx(0, abs=1e-7)
-    use = _use(s, model)
+    use = use_of(s, model)
     for part in ("QK_coupling", "QK_other", "OV_coupling", "OV_other"):
         assert use[part] == 0
     assert use["loss_without_coupling"] == use["loss_without_other"] == pytest.approx(best.loss, rel=0.03)
@@ -173,10 +175,8 @@ def test_products_are_all_that_predictions_tell() -> None:
     model = linear_attention(3, seed=3)
     vectors = training.draw(s, 5, 1)[0]
     with torch.no_grad():
-        torch.testing.assert_close(
-            _with_products(s, *products(s, model))(vectors), model(vectors), rtol=1e-4, atol=1e-5
-        )
-        use = _use(s, model)
+        torch.testing.assert_close(with_products(s, *products(s, model))(vectors), model(vectors), rtol=1e-4, atol=1e-5)
+        use = use_of(s, model)
     assert sum(use[f"QK_{name}"] for name in ("diagonal", "coupling", "other")) == pytest.approx(1)
     assert use["OV_other"] > 0.2
 
@@ -198,6 +198,11 @@ def test_coupled_values_lose_less_than_a_plain_step(d: int, T: int) -> None:
     assert coupled_loss(8, 5) == pytest.approx(0.34667, abs=1e-5)
 
 
+def read_fewer(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+    for name in ("comparison", "products"):
+        monkeypatch.setattr(f"metaint.labs.autoregression.{name}.MANY", many)
+
+
 def rows(tmp_path: Path, of: Plain, **changed: Any) -> Any:
     s = settings(of, **changed)
     recording = train_run(tmp_path / "run", s)
@@ -205,7 +210,7 @@ def rows(tmp_path: Path, of: Plain, **changed: Any) -> Any:
 
 
 def test_what_is_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaint.labs.autoregression.comparison.MANY", 4096)
+    read_fewer(monkeypatch, 4096)
     found = rows(tmp_path / "augmented", AUGMENTED)
     assert found["predicted"].tolist() == pytest.approx([2 / 5, 1 / 5])
     found = rows(tmp_path / "shared", AUGMENTED, model="shared")
@@ -312,7 +317,7 @@ SMALL: dict[str, Plain] = {
 
 @pytest.mark.parametrize("setting", SMALL)
 def test_a_study_compares_and_draws(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaint.labs.autoregression.comparison.MANY", 512)
+    read_fewer(monkeypatch, 512)
     given = {"batch": 8, "records": 2, **SMALL[setting]}
     told = io.StringIO()
     grid = lab.runs(setting, "quick", **given)

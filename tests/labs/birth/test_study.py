@@ -12,8 +12,10 @@ from metaint.errors import InputError, StoreError
 from metaint.labs.birth import study as birth
 from metaint.labs.birth.behaviour import evaluate
 from metaint.labs.birth.findings import in_order
-from metaint.labs.birth.run import RECORDING, Settings, first_gradients, settings_of, states_of, train_run
+from metaint.labs.birth.run import first_gradients, settings_of, states_of, train_run
+from metaint.labs.birth.settings import Settings
 from metaint.labs.birth.training import held_out_sample, matrices
+from metaint.labs.common.resumable import RECORDING
 from metaint.scans.recordings import read_recording
 
 TEXT = "".join(random.Random(0).choices("abcdefghijkl ", k=3000))
@@ -169,7 +171,7 @@ def test_a_diverged_run_is_said_and_left_out(tmp_path):
 
 
 def test_what_cannot_be_trained_is_told_before_anything_is(tmp_path):
-    with pytest.raises(InputError, match=r"^frozen names 'W_K3'; name some of W_K1, W_K2, W_O2\.$"):
+    with pytest.raises(InputError, match=r"^frozen names 'W_K3': name some of W_K1, W_K2, W_O2\.$"):
         birth.study(tmp_path / "lab", birth.runs(freeze="W_K3:2", **TINY), TEXT, jobs=1)
     assert not (tmp_path / "lab").exists()
 

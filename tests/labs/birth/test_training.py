@@ -139,15 +139,15 @@ def test_the_toy_computes_the_same():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"steps": 0}, "steps is 0; give at least 1."),
-        ({"batch": 0}, "batch is 0; give at least 1."),
-        ({"length": 0}, "length is 0; give at least 1."),
-        ({"keep": 1}, "keep is 1; give at least 2, for the first and the last state."),
-        ({"target": 85}, "target is 85; give an accuracy above 0 and up to 1."),
-        ({"settle": 0.5}, "settle is 0.5; give at least 1, which stops once the target is passed."),
+        ({"steps": 0}, "steps is 0: give at least 1."),
+        ({"batch": 0}, "batch is 0: give at least 1."),
+        ({"length": 0}, "length is 0: give at least 1."),
+        ({"keep": 1}, "keep is 1: give at least 2, for the first and the last state."),
+        ({"target": 85}, "target is 85: give an accuracy above 0 and up to 1."),
+        ({"settle": 0.5}, "settle is 0.5: give at least 1, which stops once the target is passed."),
         (
             {"length": 1},
-            "length is 1, too short for a trigger to come twice; give more, or more triggers.",
+            "length is 1, too short for a trigger to come twice: give more, or more triggers.",
         ),
     ],
 )
@@ -158,9 +158,9 @@ def test_bad_input_gets_one_sentence(options, sentence):
 
 
 def test_unknown_matrices_and_losses_are_named():
-    with pytest.raises(InputError, match=r"^frozen names 'W_K3'; name some of W_K1, W_K2, W_O2"):
+    with pytest.raises(InputError, match=r"^frozen names 'W_K3': name some of W_K1, W_K2, W_O2"):
         Trainer(small(), bigram(TEXT), **SMALL, frozen={"W_K3": 5})
-    with pytest.raises(InputError, match=r"^loss is 'some'; give"):
+    with pytest.raises(InputError, match=r"^loss is 'some': give"):
         Trainer(small(), bigram(TEXT), **SMALL, loss="some")
 
 

@@ -9,7 +9,8 @@ import xarray as xr
 
 from metaint.errors import InputError
 from metaint.labs.norm_growth import figures as norm_growth
-from metaint.labs.norm_growth.run import Settings, train_run
+from metaint.labs.norm_growth.run import train_run
+from metaint.labs.norm_growth.settings import Settings
 from metaint.measures.growth import fit_trends
 from metaint.measures.saturation import EXPECTED_SLOPES
 from metaint.scans import curves

@@ -11,11 +11,13 @@ import xarray as xr
 from rich.console import Console
 
 from metaint.errors import InputError, StoreError
+from metaint.labs.common import resumable
 from metaint.labs.common.side_by_side import Diverged
 from metaint.labs.norm_growth import findings as norm_findings, run as norm_training, study as norm_growth
 from metaint.labs.norm_growth.findings import block_steps, describe, slopes_of
-from metaint.labs.norm_growth.run import characters, seconds, settings_of, trained_model
-from metaint.labs.norm_growth.study import Settings, study, train_run
+from metaint.labs.norm_growth.run import seconds, settings_of, train_run, trained_model
+from metaint.labs.norm_growth.settings import Settings, characters
+from metaint.labs.norm_growth.study import study
 from metaint.scans.recordings import read_recording
 
 TEXT = "the norm of the parameters grows as the square root of time; attention saturates. " * 20
@@ -44,10 +46,10 @@ def killed(monkeypatch, where, step):
     """The run without what comes after `where` (a method of a run) is called at this step."""
     original = getattr(norm_training._Run, where)
 
-    def stop(self, *args):
+    def stop(self, *args, **options):
         if self.step == step:
             raise KeyboardInterrupt
-        return original(self, *args)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(norm_training._Run, where, stop)
 
@@ -79,13 +81,13 @@ def test_a_killed_run_goes_on_to_the_very_same_numbers(whole, tmp_path, monkeypa
 
 
 def test_a_kill_between_record_and_state_loses_nothing(whole, tmp_path, monkeypatch):
-    def save(folder, model, optimizer, step, save=norm_training.save_state):
+    def save(folder, model, optimizer, step, save=resumable.save_state):
         if step == 6:
             raise KeyboardInterrupt
         save(folder, model, optimizer, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(norm_training, "save_state", save)
+        patch.setattr(resumable, "save_state", save)
         with pytest.raises(KeyboardInterrupt):
             train_run(tmp_path / "run", RUN, TEXT)
     assert read_recording(tmp_path / "run" / "recording.zarr")["training"].sizes["step"] == 4
