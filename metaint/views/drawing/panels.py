@@ -17,6 +17,10 @@ from plotly.subplots import make_subplots
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS, GREY = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#222222"), "#767676"
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+# Colours of a map of scores, near white where they are 0, as most are where few heads do what is asked, to dark.
+SHADES = ["#f7f9fc", "#d0e0f0", "#97bfde", "#5094c8", "#1c67ab", "#0b3f7c", "#061e42"]
+# And of effects, which go both ways from 0: blue below, red above.
+BOTH_WAYS = ["#053061", "#2a72b2", "#8ec1dd", "#f7f7f7", "#f2a886", "#c43b3c", "#67001f"]
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 # The x axis of what runs along layers and of what runs along blocks.
 DEPTH = "layer (a block stands at the layer that it starts from)"
@@ -100,6 +104,22 @@ def draw(
             style = {"color": GREY, "dash": line.dash}
             key = go.Scatter(x=[None], y=[None], mode="lines", line=style, name=wrapped(line.label), legend=own)
             figure.add_trace(key, row=row, col=1)
+
+
+def shares_scale(title: str, length: float) -> dict[str, Any]:
+    """The colour axis of maps of what lies between 0 and 1, explained beside them over so many pixels."""
+    return {"cmin": 0, "cmax": 1, "colorscale": SHADES, "colorbar": colour_bar(title, length)}
+
+
+def colour_bar(title: str, length: float) -> dict[str, Any]:
+    """What explains the colours of maps, beside the uppermost."""
+    place = {"x": 1.02, "y": 1, "yanchor": "top"}
+    return {"title": title, "thickness": 14, "len": length, "lenmode": "pixels", **place}
+
+
+def whole_ticks(count: int, most: int) -> int:
+    """The distance of ticks along so many layers or heads, such that there are `most` at most."""
+    return next((step for step in (1, 2, 5, 10, 20, 50) if count <= most * step), 100)
 
 
 def stripe(figure: go.Figure, row: int, null: float, last: int) -> None:
@@ -205,7 +225,7 @@ def finish(figure: go.Figure, title: str, named: Mapping[str, xr.Dataset], capti
     figure.update_xaxes(title_text=x_title, row=len(rows), col=1)
     if x_title in ("layer", DEPTH):
         longest = max(data.sizes["layer"] for data in named.values())
-        figure.update_xaxes(tick0=0, dtick=next(step for step in (1, 2, 5, 10, 20, 50, 100) if longest <= 14 * step))
+        figure.update_xaxes(tick0=0, dtick=whole_ticks(longest, 14))
     figure.add_annotation(
         text="<br>".join(lines),
         name="caption",

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from metaint.errors import InputError
 from metaint.scans.finding import Scan, one_group
 from metaint.scans.labels import label_heads
-from metaint.views.drawing.panels import finish, there
+from metaint.views.drawing.panels import SHADES, finish, shares_scale, there, whole_ticks
 from metaint.views.drawing.terminal import number
 from metaint.views.groups.group_view import GroupView
 from metaint.views.groups.head_tables import head_frame, heads_json, print_scan
@@ -104,8 +104,7 @@ def _map(data: xr.Dataset, name: str, labels: dict[tuple[int, int], list[str]]) 
     values = _values(data, name)
     scale: dict[str, Any] = {"coloraxis": "coloraxis"}
     if not _is_share(values):
-        scale = {"zmin": np.nanmin(values), "zmax": np.nanmax(values), "colorscale": "Viridis", "reversescale": True}
-        scale["showscale"] = False
+        scale = {"zmin": np.nanmin(values), "zmax": np.nanmax(values), "colorscale": SHADES, "showscale": False}
     return go.Heatmap(
         z=values,
         x=data["head"].values,
@@ -169,14 +168,12 @@ def _title(data: xr.Dataset, name: str) -> str:
 def _tidy(figure: go.Figure, data: xr.Dataset, inside: float) -> None:
     """Small titles, whole numbers on the axes, layer 0 above, and the shared scale at the side."""
     figure.for_each_annotation(lambda note: note.update(font_size=12) if note.name != "caption" else None)
-    ticks = {dim: next(s for s in (1, 2, 5, 10, 20, 50) if data.sizes[dim] <= 14 * s) for dim in ("layer", "head")}
+    ticks = {dim: whole_ticks(data.sizes[dim], 14) for dim in ("layer", "head")}
     ends = {dim: [data[dim].values[0] - 0.5, data[dim].values[-1] + 0.5] for dim in ("layer", "head")}
     figure.update_xaxes(tick0=0, dtick=ticks["head"], range=ends["head"], showgrid=False)
     figure.update_yaxes(tick0=0, dtick=ticks["layer"], range=ends["layer"][::-1], showgrid=False)
-    bar = {"title": "score", "thickness": 14, "len": min(220, inside), "lenmode": "pixels", "y": 1, "yanchor": "top"}
-    colours = {"cmin": 0, "cmax": 1, "colorscale": "Viridis", "reversescale": True, "colorbar": {**bar, "x": 1.02}}
     layout: Any = figure.layout
-    figure.update_layout(coloraxis=colours, hovermode="closest")
+    figure.update_layout(coloraxis=shares_scale("score", min(220, inside)), hovermode="closest")
     figure.update_layout(height=layout.height + _ABOVE, margin_t=layout.margin.t + _ABOVE)
 
 

@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from rich.console import Console
 
 from metaint.scans.finding import Scan, group_of, one_group
-from metaint.views.drawing.panels import BLUE, GREY, finish, short_name
+from metaint.views.drawing.panels import BLUE, GREY, finish, shares_scale, short_name, whole_ticks
 from metaint.views.drawing.terminal import number, print_columns
 from metaint.views.groups.group_view import GroupView
 
@@ -170,13 +170,11 @@ def _draw_map(figure: go.Figure, column: int, data: xr.Dataset, name: str, title
     )  # fmt: skip
     figure.add_trace(grid, **where)
     told = data[f"{name}_chance"].item()
-    steps = {dim: next(s for s in (1, 2, 5, 10, 20, 50) if data.sizes[dim] <= 16 * s) for dim in ("layer", "head")}
+    steps = {dim: whole_ticks(data.sizes[dim], 16) for dim in ("layer", "head")}
     beside = "" if math.isnan(told) else f" (chance {chance(told)})"
     figure.update_xaxes(title_text=f"head: {title}{beside}", tick0=0, dtick=steps["head"], **where)
     figure.update_yaxes(title_text="layer", autorange="reversed", tick0=0, dtick=steps["layer"], **where)
-    bar = {"title": "recall", "thickness": 14, "len": 180, "lenmode": "pixels", "y": 1, "yanchor": "top", "x": 1.02}
-    colours = {"cmin": 0, "cmax": 1, "colorscale": "Viridis", "reversescale": True, "colorbar": bar}
-    figure.update_layout(coloraxis=colours)
+    figure.update_layout(coloraxis=shares_scale("recall", 180))
 
 
 def _draw_pairs(figure: go.Figure, pairs: pd.DataFrame, missing: str | None) -> None:

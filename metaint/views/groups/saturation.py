@@ -13,7 +13,7 @@ from plotly.colors import sample_colorscale
 from rich.console import Console
 
 from metaint.scans.finding import Scan, group_of, one_group
-from metaint.views.drawing.panels import GREY, MARKED, finish, panels
+from metaint.views.drawing.panels import GREY, MARKED, SHADES, finish, panels, whole_ticks
 from metaint.views.drawing.terminal import head_at, number, numbers, print_columns
 from metaint.views.groups.group_view import GroupView
 
@@ -138,12 +138,12 @@ def plot_head_saturation(scan: Scan) -> go.Figure:
     figure = panels(["layer"], [max(0.7, 0.045 * data.sizes["layer"])])
     names = [[f"{i}.{j}" for j in data["head"].values] for i in data["layer"].values]
     grid = go.Heatmap(
-        z=values, x=data["head"], y=data["layer"], zmin=0, zmax=1, colorscale="Viridis", reversescale=True,
+        z=values, x=data["head"], y=data["layer"], zmin=0, zmax=1, colorscale=SHADES,
         customdata=names, hovertemplate="head %{customdata}: %{z:.3f}<extra></extra>",
         colorbar={"title": "distance", "len": 1, "thickness": 14},
     )  # fmt: skip
     figure.add_trace(grid)
-    steps = {dim: next(step for step in (1, 2, 5, 10, 20) if data.sizes[dim] <= 20 * step) for dim in ("layer", "head")}
+    steps = {dim: whole_ticks(data.sizes[dim], 20) for dim in ("layer", "head")}
     figure.update_yaxes(autorange="reversed", tick0=0, dtick=steps["layer"])
     figure.update_xaxes(tick0=0, dtick=steps["head"])
     caption = (

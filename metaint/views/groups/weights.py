@@ -15,7 +15,18 @@ from plotly.subplots import make_subplots
 from rich.console import Console
 
 from metaint.scans.finding import Scan, group_of, one_group
-from metaint.views.drawing.panels import BLUE, COLOURS, GREEN, GREY, MARKED, VERMILION, finish, short_name, there
+from metaint.views.drawing.panels import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    MARKED,
+    VERMILION,
+    finish,
+    short_name,
+    there,
+    whole_ticks,
+)
 from metaint.views.drawing.terminal import head_at, number, numbers, print_columns
 from metaint.views.groups.group_view import GroupView
 
@@ -189,7 +200,7 @@ def _draw_copying(figure: go.Figure, data: xr.Dataset, name: str) -> None:
 
 def _along_layers(figure: go.Figure, data: xr.Dataset, row: int, col: int) -> None:
     n_layers = data.sizes["layer"]
-    step = next(step for step in (1, 2, 5, 10, 20, 50) if n_layers <= 14 * step)
+    step = whole_ticks(n_layers, 14)
     figure.update_xaxes(title_text="layer", tick0=0, dtick=step, range=[-0.6, n_layers - 0.4], row=row, col=col)
 
 
