@@ -86,27 +86,23 @@ def plot_ablation(ablation: xr.Dataset) -> go.Figure:
     >>> [trace.type for trace in metaint.plot_ablation(effects).data]
     ['heatmap', 'scatter']
     """
-    _check(ablation, ("effect", "clean"), "metaint.ablate")
+    if not isinstance(ablation, xr.Dataset) or not {"effect", "clean"} <= set(ablation.data_vars):
+        what = "a dataset without effects" if isinstance(ablation, xr.Dataset) else f"a {type(ablation).__name__}"
+        raise InputError(f"ablation is {what}: pass what metaint.ablate gives.")
     kinds = [kind for kind in _BY_LAYER if there(ablation, kind.variable)]
     has_heads = there(ablation, "effect")
     has_sets = there(ablation, "set_effect")
     figure = _frame(ablation, has_heads, bool(kinds), has_sets)
+    finish(figure, "Effects of ablation", {"": ablation}, _caption(ablation, has_heads), "")
+    figure.update_layout(title_subtitle_text=_facts(ablation), hovermode="closest")
     if has_heads:
         _draw_heads(figure, ablation)
     if kinds:
         _draw_layers(figure, ablation, kinds, 1 + has_heads)
     if has_sets:
         _draw_sets(figure, ablation, int(has_heads or bool(kinds)) + 1)
-    finish(figure, "Effects of ablation", {"": ablation}, _caption(ablation, has_heads), "")
     _place_legend(figure, has_heads)
-    figure.update_layout(title_subtitle_text=_facts(ablation), hovermode="closest")
     return figure
-
-
-def _check(data: Any, variables: tuple[str, ...], maker: str) -> None:
-    if not isinstance(data, xr.Dataset) or not set(variables) <= set(data.data_vars):
-        what = "a dataset without effects" if isinstance(data, xr.Dataset) else f"a {type(data).__name__}"
-        raise InputError(f"what was passed is {what}: pass what {maker} gives.")
 
 
 def _frame(data: xr.Dataset, has_heads: bool, has_layers: bool, has_sets: bool) -> go.Figure:
@@ -122,7 +118,7 @@ def _frame(data: xr.Dataset, has_heads: bool, has_layers: bool, has_sets: bool) 
     map_share = min(_MOST_OF_WIDTH, _OF_WIDTH_BY_HEAD * data.sizes["head"])
     figure = make_subplots(
         len(heights), columns, specs=specs, row_heights=heights, horizontal_spacing=0.02,
-        vertical_spacing=_ROW_GAP / inside if has_sets else 0,
+        vertical_spacing=_ROW_GAP / inside if len(heights) > 1 else 0,
         column_widths=[map_share, 1 - map_share] if columns == 2 else None,
         shared_yaxes=columns == 2,
     )  # fmt: skip
@@ -158,19 +154,18 @@ def _draw_heads(figure: go.Figure, data: xr.Dataset) -> None:
 def _hover(data: xr.Dataset, effects: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[list[str]]:
     """What the pointer shows of each head."""
     unit = escape(unit_of(data.attrs))
-    rows = []
+    told = []
     for i, layer in enumerate(data["layer"].values):
-        heads = enumerate(data["head"].values)
-        rows.append(
-            [f"head {layer}.{head}: {_effect(effects[i, j], low[i, j], high[i, j])}{unit}" for j, head in heads]
-        )
-    return rows
-
-
-def _effect(value: float, low: float, high: float) -> str:
-    if math.isnan(value):
-        return "not asked for"
-    return digits(value, True) + ("" if math.isnan(low) else f" ({digits(low, True)} to {digits(high, True)})")
+        row = []
+        for j, head in enumerate(data["head"].values):
+            effect = "not asked for"
+            if not math.isnan(effects[i, j]):
+                effect = (
+                    f"{digits(effects[i, j], True)} ({digits(low[i, j], True)} to {digits(high[i, j], True)}){unit}"
+                )
+            row.append(f"head {layer}.{head}: {effect}")
+        told.append(row)
+    return told
 
 
 def _strongest(effects: np.ndarray) -> list[tuple[int, int]]:
