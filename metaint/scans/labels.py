@@ -76,6 +76,13 @@ def label_heads(
 
     Columns: head ("5.1"), label, score, uniform, null_mean, null_std, margin, low, high (95 % interval), on_first (the
     weight on position 0), layer, index. Raises InputError if the scan has no `/heads` or `thresholds` an unknown name.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2))
+    >>> metaint.label_heads(scan, {"averaging": 0.9})["head"].unique().tolist()
+    ['0.0', '0.1', '1.0', '1.1']
     """
     heads = heads_of(scan)
     limits = {**THRESHOLDS, **(thresholds or {})}
@@ -103,6 +110,13 @@ def telling_heads(scan: xr.DataTree | xr.Dataset, most: int = 15) -> pd.DataFram
     Labels that name the token a head looks for (`SPECIFIC`) take their turns before those that describe the shape of
     its rows, and each head stands once, at the label that chose it. Raises InputError as `label_heads` does, and for
     `most` below 1.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2))
+    >>> list(metaint.telling_heads(scan, 3))[:3]
+    ['head', 'label', 'score']
     """
     if most < 1:
         raise InputError(f"most is {most}: ask for at least one head.")

@@ -83,6 +83,14 @@ def save_headvis(
     without `/heads`, a recording over training, a bidirectional model, or a model or tokens that aren't the scan's;
     HookAuditError and ActivationError as `metaint.scan` does; StoreError if something else is in the way, or the
     folder can't be written.
+
+    >>> import metaint, tempfile, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2))
+    >>> folder = metaint.save_headvis(scan, tempfile.mkdtemp() + "/data")
+    >>> (folder / "config.json").is_file()
+    True
     """
     folder = Path(folder).resolve()
     heads = _checked(scan, model, tokens)

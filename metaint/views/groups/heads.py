@@ -41,11 +41,20 @@ _LEAST, _MOST, _GAP, _ACROSS, _FEW, _ABOVE = 130, 560, 66, 740, 24, 30
 def plot_heads(scan: Scan, scores: Sequence[str] | None = None) -> go.Figure:
     """A map of each score, heads across and layers down, beside what uniform attention scores; labelled heads marked.
 
-    In: a scan, or its `/heads`. `scores` are names of (layer, head) variables that were measured; by default induction
-    (`prefix_match` where the tokens don't repeat), previous, duplicate and first token, local mass, averaging, the
-    largest weight, and entropy, as far as the scan has them. Scores between 0 and 1 share a scale. A label's dot is on
-    the map of the score that earned it; the labels are those of `metaint.label_heads`. InputError where a scan has no
-    `/heads`, is a recording over several steps, or lacks a score.
+    - `scan`: a scan, or its `/heads`.
+    - `scores`: names of (layer, head) variables that were measured; by default induction (`prefix_match` where the
+      tokens don't repeat), previous, duplicate and first token, local mass, averaging, the largest weight, and entropy,
+      as far as the scan has them. Scores between 0 and 1 share a scale.
+
+    A label's dot is on the map of the score that earned it; the labels are those of `metaint.label_heads`. Raises
+    InputError where a scan has no `/heads`, is a recording over several steps, or lacks a score.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.HeadProbe()])
+    >>> [trace.name for trace in metaint.plot_heads(scan, ["entropy", "induction"]).data if trace.type == "heatmap"]
+    ['entropy', 'induction']
     """
     model, data = one_group(scan, "heads")
     names = _chosen(data, scores)

@@ -48,12 +48,25 @@ _LOSSES = (
 def plot_inner(scans: Scans) -> go.Figure:
     """Loss and rank of the next token at every layer, how each step follows the loss's gradient, and length and loss.
 
-    In: a scan, its `/inner`, or a dict from names to these. Panels: loss in nats beside that of another token's target
-    and the prediction's entropy; geometric mean rank (1 is the most likely, log axis); cosine in [-1, 1] of what each
-    block, its attention and its MLP add with the descent direction, beside its null; share of tokens whose loss the
-    block lowers; fidelity, the fall that the gradient foretells over the real one, where the loss surely falls; and a
-    dot for each token, length of the stream against loss at the last layer, with Spearman's coefficients. Bands are
-    95 % intervals over sequences. InputError where `/inner` is missing.
+    - `scans`: a scan, its `/inner`, or a dict from names to these.
+
+    Panels, with bands that are 95 % intervals over sequences:
+
+    - loss in nats beside that of another token's target and the prediction's entropy;
+    - geometric mean rank (1 is the most likely, log axis);
+    - cosine in [-1, 1] of what each block, its attention and its MLP add with the descent direction, beside its null;
+    - share of tokens whose loss the block lowers;
+    - fidelity, the fall that the gradient foretells over the real one, where the loss surely falls;
+    - a dot for each token, length of the stream against loss at the last layer, with Spearman's coefficients.
+
+    Raises InputError where `/inner` is missing.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.InnerProbe()])
+    >>> metaint.plot_inner(scan).layout.title.text
+    'Inner optimisation'
     """
     named = {name: _with_fidelity(data) for name, data in named_groups(scans, "inner").items()}
     kept = [part for part in _PARTS if part == "" or _known(named, f"step_gradient_cosine{part}")]

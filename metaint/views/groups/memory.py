@@ -126,6 +126,13 @@ def plot_memory(scan: Scan) -> go.Figure:
     """Recall of each head, layers down and heads across, and below them the pairs that recall most, beside chance.
 
     In: a scan, or its `/memory`; InputError without it.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.MemoryProbe()])
+    >>> metaint.plot_memory(scan).layout.title.text
+    'What the weights recall'
     """
     model, data = one_group(scan, "memory")
     pairs = pairs_frame(data)

@@ -123,6 +123,14 @@ def plot_recurrence(scans: Scans) -> go.Figure:
 
     In: a scan, its `/recurrence`, or a dict from names to these; of several the baselines and the null are those of
     the first. InputError where `/recurrence` is missing.
+
+    >>> import metaint, torch
+    >>> from metaint.tasks import autoregressive
+    >>> from metaint.toys.linear_attention import gradient_step
+    >>> vectors, matrices = autoregressive("haar", 3, 8, 12, dtype=torch.float64)
+    >>> scan = metaint.recur(gradient_step(3, 0.05, dtype=torch.float64), vectors, matrices)
+    >>> metaint.plot_recurrence(scan).layout.title.text
+    'Prediction in context'
     """
     named = named_groups(scans, "recurrence")
     first = next(iter(named.values()))

@@ -43,10 +43,20 @@ _FEW_GROWTHS = 8
 def plot_residual(scans: Scans) -> go.Figure:
     """Length of the stream by layer, growth in each block beside its orthogonal counterpart, and cosines of writes.
 
-    In: a scan, its `/residual`, or a dict from names to these. Lengths are geometric means with bands that hold 5 to
-    95 % of the tokens, on a log axis: one scan has a line for each position bucket, several have one each for all
-    positions but 0. Growth is a factor; cosines with the stream are in [-1, 1]; both are means over tokens after
-    position 0, with 95 % intervals over sequences. InputError where `/residual` is missing.
+    - `scans`: a scan, its `/residual`, or a dict from names to these.
+    - Lengths are geometric means with bands that hold 5 to 95 % of the tokens, on a log axis: one scan has a line for
+      each position bucket, several have one each for all positions but 0.
+    - Growth is a factor; cosines with the stream are in [-1, 1]; both are means over tokens after position 0, with 95 %
+      intervals over sequences.
+
+    Raises InputError where `/residual` is missing.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.ResidualProbe()])
+    >>> metaint.plot_residual(scan).layout.title.text
+    'Residual stream'
     """
     named = named_groups(scans, "residual")
     split = any(there(data, f"cos_stream_{part}") for data in named.values() for part in ("attn", "mlp"))

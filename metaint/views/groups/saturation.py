@@ -100,6 +100,13 @@ def plot_saturation(scan: Scan) -> go.Figure:
     """Similarity of the stream with that at each scale, by layer, its null at the largest, and distance to saturated.
 
     In: a scan, or its `/saturation`; InputError without it.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.SaturationProbe()])
+    >>> metaint.plot_saturation(scan).layout.title.text
+    'Saturation by layer'
     """
     name, data = one_group(scan, "saturation")
     heads = "total_variation" in data

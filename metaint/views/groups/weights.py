@@ -134,6 +134,13 @@ def plot_weights(scan: Scan) -> go.Figure:
 
     In: a scan, or its `/weights`. Copying is of the full circuit through the vocabulary where that is known, else of
     W_V W_O; it and the pairs are left out where they are not known. InputError where a scan has no `/weights`.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.WeightProbe()])
+    >>> metaint.plot_weights(scan).layout.title.text
+    'Weights of layers and heads'
     """
     model, data = one_group(scan, "weights")
     copying = next((name for name in _COPYING if there(data, name)), None)
