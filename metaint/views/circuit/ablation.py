@@ -116,11 +116,10 @@ def _frame(data: xr.Dataset, has_heads: bool, has_layers: bool, has_sets: bool) 
     specs += [[{"colspan": columns}, *[None] * (columns - 1)]] * has_sets
     inside = sum(heights) + _ROW_GAP * (len(heights) - 1)
     map_share = min(_MOST_OF_WIDTH, _OF_WIDTH_BY_HEAD * data.sizes["head"])
+    widths = [map_share, 1 - map_share] if columns == 2 else [1]
     figure = make_subplots(
-        len(heights), columns, specs=specs, row_heights=heights, horizontal_spacing=0.02,
-        vertical_spacing=_ROW_GAP / inside if len(heights) > 1 else 0,
-        column_widths=[map_share, 1 - map_share] if columns == 2 else None,
-        shared_yaxes=columns == 2,
+        len(heights), columns, specs=specs, row_heights=heights, column_widths=widths, shared_yaxes=columns == 2,
+        horizontal_spacing=0.02, vertical_spacing=(len(heights) > 1) * _ROW_GAP / inside,
     )  # fmt: skip
     figure.update_layout(height=inside)
     return figure
@@ -154,7 +153,7 @@ def _draw_heads(figure: go.Figure, data: xr.Dataset) -> None:
 def _hover(data: xr.Dataset, effects: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[list[str]]:
     """What the pointer shows of each head."""
     unit = escape(unit_of(data.attrs))
-    told = []
+    rows = []
     for i, layer in enumerate(data["layer"].values):
         row = []
         for j, head in enumerate(data["head"].values):
@@ -164,8 +163,8 @@ def _hover(data: xr.Dataset, effects: np.ndarray, low: np.ndarray, high: np.ndar
                     f"{digits(effects[i, j], True)} ({digits(low[i, j], True)} to {digits(high[i, j], True)}){unit}"
                 )
             row.append(f"head {layer}.{head}: {effect}")
-        told.append(row)
-    return told
+        rows.append(row)
+    return rows
 
 
 def _strongest(effects: np.ndarray) -> list[tuple[int, int]]:
@@ -182,11 +181,11 @@ def _draw_layers(figure: go.Figure, data: xr.Dataset, kinds: list[_Kind], column
     layers = data["layer"].values
     for i, kind in enumerate(kinds):
         shift = (i - (len(kinds) - 1) / 2) * 0.3
-        told = f"{kind.name}, layer %{{customdata}}: %{{x:.3g}}<extra></extra>"
+        hover = f"{kind.name}, layer %{{customdata}}: %{{x:.3g}}<extra></extra>"
         figure.add_trace(
             go.Scatter(
                 x=data[kind.variable].values, y=layers + shift, customdata=layers, mode="markers", name=kind.name,
-                marker={"color": kind.colour, "symbol": kind.symbol, "size": 7}, hovertemplate=told, showlegend=True,
+                marker={"color": kind.colour, "symbol": kind.symbol, "size": 7}, hovertemplate=hover, showlegend=True,
                 error_x=_bars(data, kind.variable, kind.colour),
             ),
             **where,

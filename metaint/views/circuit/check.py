@@ -62,10 +62,10 @@ def _draw_random(figure: go.Figure, check: xr.Dataset, name: str, row: int) -> N
 
 def _draw_circuit(figure: go.Figure, check: xr.Dataset, name: str, row: int) -> None:
     share, low, high = (float(check[name + end]) for end in ("", "_low", "_high"))
-    told = f"{name}: {percent(share)} ({percent(low)} to {percent(high)}) {_QUESTIONS[name]}<extra></extra>"
+    hover = f"{name}: {percent(share)} ({percent(low)} to {percent(high)}) {_QUESTIONS[name]}<extra></extra>"
     bars = {"type": "data", "symmetric": False, "array": [high - share], "arrayminus": [share - low]}
     dot = go.Scatter(
-        x=[share], y=[_CIRCUIT_AT], mode="markers", name="the circuit", showlegend=row == 1, hovertemplate=told,
+        x=[share], y=[_CIRCUIT_AT], mode="markers", name="the circuit", showlegend=row == 1, hovertemplate=hover,
         marker={"color": VERMILION, "size": 12, "symbol": "diamond"}, legendgroup="circuit",
         error_x={**bars, "color": VERMILION, "thickness": 2, "width": 5},
     )  # fmt: skip

@@ -85,21 +85,24 @@ def _draw_lengths(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None:
     tables = {name: _norm_bands(data) for name, data in named.items()}
     buckets = [str(name) for name in next(iter(tables.values())) if not str(name).endswith(("_low", "_high"))]
     colours = dict(zip(buckets, (GREY, BLUE, VERMILION, GREEN, PURPLE), strict=False))
-    lines = [Line(name, name, colours[name], "dash" if name == "position 0" else "solid") for name in buckets[:-1]]
-    draw(figure, 1, tables, lines if len(named) == 1 else [Line(buckets[-1], buckets[-1], BLUE)])
+    lines = [Line(buckets[-1], buckets[-1], BLUE)]
+    if len(named) == 1:
+        dashes = {"position 0": "dash"}
+        lines = [Line(name, name, colours[name], dashes.get(name, "solid")) for name in buckets[:-1]]
+    draw(figure, 1, tables, lines)
     log_axis(figure, 1)
 
 
 def _norm_bands(data: xr.Dataset) -> xr.Dataset:
     """Geometric mean and 5 and 95 % quantiles of the length in each bucket, and in all but position 0."""
-    found = {}
+    lengths = {}
     for bucket in data["position"].values:
         quantiles = data["norm_quantile"].sel(position=bucket, drop=True)
         key = "position 0" if bucket == "0" else f"positions {bucket.replace('-', '–')}"
-        found[key] = (data["norm_geometric"].sel(position=bucket, drop=True), quantiles)
-    found["positions 1 and later"] = later_norms(data)
+        lengths[key] = (data["norm_geometric"].sel(position=bucket, drop=True), quantiles)
+    lengths["positions 1 and later"] = later_norms(data)
     bands = {}
-    for key, (mean, quantiles) in found.items():
+    for key, (mean, quantiles) in lengths.items():
         bands[key] = mean
         bands[f"{key}_low"], bands[f"{key}_high"] = (quantiles.isel(quantile=i, drop=True) for i in (0, -1))
     return xr.Dataset(bands)

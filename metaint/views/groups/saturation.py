@@ -116,11 +116,11 @@ def plot_saturation(scan: Scan) -> go.Figure:
     mode = "lines+markers" if len(layers) <= MARKED else "lines"
     for scale, colour in zip(scales, colours, strict=True):
         at = data.sel(scale=scale)
-        told: dict[str, Any] = {"legendgroup": f"{scale:g}", "line": {"color": colour}, "name": f"scale {scale:g}"}
-        figure.add_trace(go.Scatter(x=layers, y=at["similarity"], mode=mode, **told), row=1, col=1)
+        look: dict[str, Any] = {"legendgroup": f"{scale:g}", "line": {"color": colour}, "name": f"scale {scale:g}"}
+        figure.add_trace(go.Scatter(x=layers, y=at["similarity"], mode=mode, **look), row=1, col=1)
         if heads:
             mean = at["total_variation"].mean("head")
-            figure.add_trace(go.Scatter(x=layers, y=mean, mode=mode, showlegend=False, **told), row=2, col=1)
+            figure.add_trace(go.Scatter(x=layers, y=mean, mode=mode, showlegend=False, **look), row=2, col=1)
     null = {"color": GREY, "dash": "dash"}
     values = data["similarity_null"].isel(scale=-1)
     figure.add_trace(
