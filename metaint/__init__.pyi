@@ -57,6 +57,8 @@ from .scans.labels import THRESHOLDS as THRESHOLDS, label_heads as label_heads, 
 from .scans.recordings import read_recording as read_recording
 from .scans.store import load as load, save as save
 from .views.attention.patterns import show_attention as show_attention, show_tokens as show_tokens
+from .views.circuit.ablation import plot_ablation as plot_ablation
+from .views.circuit.check import plot_check as plot_check
 from .views.circuit.graph import show_circuit as show_circuit
 from .views.export.headvis import save_headvis as save_headvis
 from .views.export.tables import save_tables as save_tables, tables_of as tables_of

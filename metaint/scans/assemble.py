@@ -32,7 +32,8 @@ def assemble(probes: Sequence[Reader], attributes: Mapping[str, Any] | None = No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns of a probe that has read nothing yet
         groups = {probe.group: probe.to_dataset() for probe in probes}
-    return as_scan(groups, probes[0].facts if probes else {}, attributes)
+    facts = probes[0].facts if probes else {}
+    return as_scan(groups, facts, attributes)
 
 
 def as_scan(

@@ -23,18 +23,18 @@ def memory_curves(recording: xr.DataTree) -> xr.Dataset:
     """
     data = recording["memory"].to_dataset()
     last = data.sizes["layer"]
-    found = {f"W_O{last}": data["ov_recall"][:, -1, 0], f"W_O{last}_chance": data["ov_recall_chance"]}
+    curves = {f"W_O{last}": data["ov_recall"][:, -1, 0], f"W_O{last}_chance": data["ov_recall_chance"]}
     if last > 1:
         pair = {"layer": 0, "head": 0, "layer_to": 1, "head_to": 0}
         fewer = "_triggers" if "key_composition_recall_triggers" in data else ""
         for name, variable in (("W_K2", f"key_composition_recall{fewer}"), ("W_K2_all", "key_composition_recall")):
-            found[name], found[f"{name}_chance"] = data[variable].isel(pair), data[f"{variable}_chance"]
+            curves[name], curves[f"{name}_chance"] = data[variable].isel(pair), data[f"{variable}_chance"]
         for name, end in (("W_K1", ""), ("W_K1_early", "_early")):
             variable = f"previous_position_recall{end}"
-            found[name], found[f"{name}_chance"] = data[variable][:, 0, 0], data[f"{variable}_chance"]
+            curves[name], curves[f"{name}_chance"] = data[variable][:, 0, 0], data[f"{variable}_chance"]
     if "bigram_kl" in data:
-        found["W_F_kl"] = data["bigram_kl"]
-    return xr.Dataset({name: ("step", value.values) for name, value in found.items()}, {"step": data["step"].values})
+        curves["W_F_kl"] = data["bigram_kl"]
+    return xr.Dataset({name: ("step", value.values) for name, value in curves.items()}, {"step": data["step"].values})
 
 
 def first_passing(curves: xr.Dataset, name: str, threshold: float = 0.5) -> int | None:
@@ -60,6 +60,6 @@ def head_counts(recording: xr.DataTree) -> xr.Dataset:
     steps = heads["step"].values
     labels = [label_heads(heads.isel(step=i, drop=True))["label"].tolist() for i in range(len(steps))]
     total = heads.sizes["layer"] * heads.sizes["head"]
-    counts = {label: ("step", [found.count(label) for found in labels]) for label in THRESHOLDS}
-    counts[ANY] = ("step", [total - found.count("none") for found in labels])
+    counts = {label: ("step", [names.count(label) for names in labels]) for label in THRESHOLDS}
+    counts[ANY] = ("step", [total - names.count("none") for names in labels])
     return xr.Dataset(counts, {"step": steps}, {"heads": total, **heads.attrs})

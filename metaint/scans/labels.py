@@ -76,6 +76,13 @@ def label_heads(
 
     Columns: head ("5.1"), label, score, uniform, null_mean, null_std, margin, low, high (95 % interval), on_first (the
     weight on position 0), layer, index. Raises InputError if the scan has no `/heads` or `thresholds` an unknown name.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2))
+    >>> metaint.label_heads(scan, {"averaging": 0.9})["head"].unique().tolist()
+    ['0.0', '0.1', '1.0', '1.1']
     """
     heads = heads_of(scan)
     limits = {**THRESHOLDS, **(thresholds or {})}
@@ -85,13 +92,13 @@ def label_heads(
     rows = []
     earned = np.zeros((heads.sizes["layer"], heads.sizes["head"]), dtype=bool)
     on_first = _values(heads, "first_token")
-    for label, found in evidence(heads).items():
-        spread = np.nan_to_num(found.null_std, nan=0.0) * deviations
-        enough = found.allowed & (found.score >= limits[label]) & (found.score - found.floor >= margin)
-        enough &= found.score >= np.nan_to_num(found.null_mean, nan=-np.inf) + spread
-        enough &= np.isnan(found.low) | (found.low > found.floor)
+    for label, case in evidence(heads).items():
+        spread = np.nan_to_num(case.null_std, nan=0.0) * deviations
+        enough = case.allowed & (case.score >= limits[label]) & (case.score - case.floor >= margin)
+        enough &= case.score >= np.nan_to_num(case.null_mean, nan=-np.inf) + spread
+        enough &= np.isnan(case.low) | (case.low > case.floor)
         earned |= enough
-        rows += [_row(i, j, label, found, on_first) for i, j in np.argwhere(enough)]
+        rows += [_row(i, j, label, case, on_first) for i, j in np.argwhere(enough)]
     rows += [_row(i, j, "none", None, on_first) for i, j in np.argwhere(~earned)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.sort_values(["layer", "index", "margin"], ascending=[True, True, False], ignore_index=True)
@@ -103,6 +110,13 @@ def telling_heads(scan: xr.DataTree | xr.Dataset, most: int = 15) -> pd.DataFram
     Labels that name the token a head looks for (`SPECIFIC`) take their turns before those that describe the shape of
     its rows, and each head stands once, at the label that chose it. Raises InputError as `label_heads` does, and for
     `most` below 1.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2))
+    >>> list(metaint.telling_heads(scan, 3))[:3]
+    ['head', 'label', 'score']
     """
     if most < 1:
         raise InputError(f"most is {most}: ask for at least one head.")
@@ -118,19 +132,19 @@ def telling_heads(scan: xr.DataTree | xr.Dataset, most: int = 15) -> pd.DataFram
 
 def heads_of(scan: xr.DataTree | xr.Dataset) -> xr.Dataset:
     """The `/heads` of a scan, or the group itself as node or dataset; InputError if there is none."""
-    found = scan
+    group = scan
     if isinstance(scan, xr.DataTree):
         if "heads" not in scan.children and scan.name != "heads":
             raise InputError("scan has no /heads group: scan with a HeadProbe.")
-        found = scan["heads"].to_dataset() if "heads" in scan.children else scan.to_dataset()
-    if "layer" not in found.dims or not found.data_vars:
+        group = scan["heads"].to_dataset() if "heads" in scan.children else scan.to_dataset()
+    if "layer" not in group.dims or not group.data_vars:
         raise InputError("scan holds no heads: nothing was read yet.")
-    return found  # type: ignore[return-value]
+    return group  # type: ignore[return-value]
 
 
 def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
     """What each label rests on, for the labels whose measures the scan holds."""
-    found = {}
+    by_label = {}
     sources = {
         "previous_token": "previous_token",
         "duplicate_token": "duplicate_token",
@@ -138,23 +152,23 @@ def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
     }
     for label, name in sources.items():
         if name in heads:
-            found[label] = _evidence(heads, name)
+            by_label[label] = _evidence(heads, name)
     stripe = "induction" in heads and float(heads["induction_count"].max()) > 0
     name = "induction" if stripe else "prefix_match"
     if name in heads:
-        found["induction"] = _evidence(heads, name)
+        by_label["induction"] = _evidence(heads, name)
     if {"local_mass", "previous_token", "current_token"} <= set(heads):
         one = np.fmax(_values(heads, "previous_token"), _values(heads, "current_token"))
-        found["local"] = _evidence(heads, "local_mass", one <= _values(heads, "local_mass") / 2)
+        by_label["local"] = _evidence(heads, "local_mass", one <= _values(heads, "local_mass") / 2)
     if "averaging" in heads:
         score = _values(heads, "averaging")
         typical = _typical(score, heads)
         near = 1 - score <= TYPICAL_DEPARTURE * (1 - typical)
-        found["averaging"] = _evidence(heads, "averaging", near, typical)
+        by_label["averaging"] = _evidence(heads, "averaging", near, typical)
     if {"max_weight", "tied_keys"} <= set(heads):
         few = heads["tied_keys"].sel(tau=0.1, method="nearest").transpose("layer", "head").values <= 2
-        found["argmax"] = _evidence(heads, "max_weight", few)
-    return found
+        by_label["argmax"] = _evidence(heads, "max_weight", few)
+    return by_label
 
 
 def _typical(score: np.ndarray, heads: xr.Dataset) -> np.ndarray:
@@ -174,7 +188,8 @@ def _evidence(
     if typical is not None:
         uniform, mean = np.full(score.shape, np.nan), typical
     everywhere = np.ones(score.shape, dtype=bool)
-    return Evidence(score, uniform, mean, deviation, low, high, everywhere if allowed is None else allowed)
+    allowed = everywhere if allowed is None else allowed
+    return Evidence(score, uniform, mean, deviation, low, high, allowed)
 
 
 def _values(heads: xr.Dataset, name: str) -> np.ndarray:
@@ -183,10 +198,10 @@ def _values(heads: xr.Dataset, name: str) -> np.ndarray:
     return heads[name].transpose("layer", "head").values
 
 
-def _row(i: int, j: int, label: str, found: Evidence | None, on_first: np.ndarray) -> dict[str, object]:
+def _row(i: int, j: int, label: str, evidence: Evidence | None, on_first: np.ndarray) -> dict[str, object]:
     row: dict[str, object] = {"head": f"{i}.{j}", "label": label, "layer": int(i), "index": int(j)}
     row["on_first"] = float(on_first[i, j])
-    if found is not None:
+    if evidence is not None:
         names = ("score", "uniform", "null_mean", "null_std", "margin", "low", "high")
-        row.update({name: float(getattr(found, name)[i, j]) for name in names})
+        row.update({name: float(getattr(evidence, name)[i, j]) for name in names})
     return row

@@ -17,6 +17,13 @@ def save(scan: xr.DataTree, path: str | Path) -> Path:
     """Write a scan to a Zarr folder, replacing a scan that is there; StoreError if it can't be written.
 
     A folder that is not a Zarr store is never replaced.
+
+    >>> import metaint, tempfile, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2))
+    >>> metaint.save(scan, tempfile.mkdtemp() + "/scan.zarr").name
+    'scan.zarr'
     """
     path = Path(path)
     if path.exists() and not _is_store(path):

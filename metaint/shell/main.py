@@ -100,21 +100,21 @@ def scan(
         source = {"task": "repeated_tokens"}
         batch = default_tokens(opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None)
     readers = [getattr(metaint, BY_NAME[name].probe)() for name in chosen]
-    found = scan(
+    result = scan(
         opened, batch, readers, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), attributes=source
     )
-    _keep(found, out, figures)
+    _keep(result, out, figures)
     if as_json or as_csv:
-        print(_as_text(found, chosen, as_json))
+        print(_as_text(result, chosen, as_json))
     else:
         terminal = console()
-        facts = found.attrs
+        facts = result.attrs
         terminal.print(
             f"{facts['model']}: {facts['n_layers']} layers x {facts['n_heads']} heads, {facts['weights']} weights, "
             f"{facts['dtype']}; {batch.shape[0]} sequences of {batch.shape[1]} tokens ({source['task']}"
             f"{', with BOS' if facts['bos'] else ''}, seed {seed})\n"
         )
-        _print_groups(terminal, found, chosen, sort, top)
+        _print_groups(terminal, result, chosen, sort, top)
         for path in (out, figures):
             if path is not None:
                 terminal.print(f"saved to {path}")
@@ -159,12 +159,12 @@ def saturate(
         batch = text_tokens(opened, prose, length, max(2, tokens // length), seed=seed)
         source = {"task": "text", "source": str(text)}
     options = {"batch_size": batch_size, "seed": seed, "progress": sys.stderr.isatty(), "attributes": source}
-    found = metaint.saturate(opened, batch, factors, faithful=faithful, **options)
-    _keep(found, out, figures)
+    result = metaint.saturate(opened, batch, factors, faithful=faithful, **options)
+    _keep(result, out, figures)
     if as_json:
-        print(_as_text(found, ["saturation"], True))
+        print(_as_text(result, ["saturation"], True))
         return
-    print_saturation(console(), found)
+    print_saturation(console(), result)
     for path in (out, figures):
         if path is not None:
             console().print(f"saved to {path}")
@@ -230,35 +230,35 @@ def _probe_names(given: str) -> list[str]:
     return names
 
 
-def _as_text(found: Any, chosen: list[str], as_json: bool) -> str:
+def _as_text(result: Any, chosen: list[str], as_json: bool) -> str:
     """A scan for machines: JSON of every group, or the table of the one group as CSV."""
     from metaint.views.export.scan_json import scan_json
     from metaint.views.groups.catalogue import VIEWS
 
     if as_json:
-        return scan_json(found)
+        return scan_json(result)
     frame = next(iter(VIEWS[chosen[0]].frames.values()))
-    return frame(found).to_csv(index=False).rstrip("\n")
+    return frame(result).to_csv(index=False).rstrip("\n")
 
 
-def _keep(found: Any, out: Path | None, figures: Path | None) -> None:
+def _keep(result: Any, out: Path | None, figures: Path | None) -> None:
     """Save a scan, and its figures, where the options ask for it."""
     if out is not None:
         from metaint import save
 
-        save(found, out)
+        save(result, out)
     if figures is not None:
         from metaint.views.drawing.page import write_page
 
-        write_page(found.metaint.plot(), figures, f"metaint: {found.attrs['model']}")
+        write_page(result.metaint.plot(), figures, f"metaint: {result.attrs['model']}")
 
 
-def _print_groups(console: Console, found: Any, chosen: list[str], sort: str | None, top: int | None) -> None:
+def _print_groups(console: Console, result: Any, chosen: list[str], sort: str | None, top: int | None) -> None:
     from metaint.views.groups.catalogue import VIEWS
     from metaint.views.groups.head_tables import print_scan
 
     for name in chosen:
         if name == "heads":
-            print_scan(console, found, sort, top)
+            print_scan(console, result, sort, top)
         else:
-            VIEWS[name].print(console, found)
+            VIEWS[name].print(console, result)

@@ -116,8 +116,8 @@ def plot_sweep(recordings: Recordings) -> go.Figure:
 def _with_other(tree: xr.DataTree) -> xr.Dataset:
     """/training with the accuracy on other outputs as `other`, whichever they are."""
     data = tree["training"].to_dataset()
-    found = next((name for name in _OTHER if there(data, name)), None)
-    return data if found is None else data.assign(other=data[found])
+    other = next((name for name in _OTHER if there(data, name)), None)
+    return data if other is None else data.assign(other=data[other])
 
 
 def _sweep_panels(names: Sequence[str], last: float) -> go.Figure:
@@ -148,13 +148,14 @@ def _draw_dots(figure: go.Figure, row: int, name: str, data: xr.Dataset, colour:
     dot = go.Scatter(y=[row], mode="markers", hovertemplate=hover, showlegend=False)
     passed = first_passing(data, "accuracy")
     if passed is None:
-        told = go.Scatter(dot).update(x=[0], mode="text", text=["not reached"], textposition="middle right")
-        figure.add_trace(told.update(textfont_color=GREY), row=3, col=1)
+        words = go.Scatter(dot).update(x=[0], mode="text", text=["not reached"], textposition="middle right")
+        figure.add_trace(words.update(textfont_color=GREY), row=3, col=1)
     else:
         figure.add_trace(go.Scatter(dot).update(x=[passed], marker=_marker(colour, "circle")), row=3, col=1)
     for variable, shape in zip(("copy_accuracy", "other", "accuracy"), reversed(_SHAPES.values()), strict=True):
         if there(data, variable):
-            marker = _marker(GREY if variable == "copy_accuracy" else colour, shape)
+            own = GREY if variable == "copy_accuracy" else colour
+            marker = _marker(own, shape)
             figure.add_trace(go.Scatter(dot).update(x=[data[variable].values[-1]], marker=marker), row=3, col=2)
 
 
@@ -182,12 +183,12 @@ def plot_first_gradients(gradients: Mapping[str, xr.Dataset], recordings: Record
     for i, (name, data) in enumerate(named.items()):
         have = [(k, line.variable) for k, line in enumerate(kinds) if there(data, line.variable)]
         x = [k + (i - (len(named) - 1) / 2) * width for k, _ in have]
-        for found, shape in ((data, symbol(i)), (last.get(name), "circle-open")):
-            if found is not None:
+        for curves, shape in ((data, symbol(i)), (last.get(name), "circle-open")):
+            if curves is not None:
                 hover = f"{escape(name)}: %{{y:.3f}}<extra></extra>"
-                dots = go.Scatter(x=x, y=[found[v].values[-1] for _, v in have], mode="markers", hovertemplate=hover)
+                dots = go.Scatter(x=x, y=[curves[v].values[-1] for _, v in have], mode="markers", hovertemplate=hover)
                 dots.update(marker=_marker(COLOURS[i % len(COLOURS)], shape), name=wrapped(name), legendgroup=str(i))
-                figure.add_trace(dots.update(showlegend=found is data))
+                figure.add_trace(dots.update(showlegend=curves is data))
         dash = _marker(GREY, "line-ew-open") | {"size": min(30, max(6, 400 * width / len(kinds)))}
         even = go.Scatter(x=x, y=[data[f"{v}_chance"].values[0] for _, v in have], mode="markers", marker=dash)
         even.update(name="chance", hovertemplate="chance %{y:.3f}<extra></extra>", legendgroup="chance")

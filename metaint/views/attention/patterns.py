@@ -48,11 +48,22 @@ def show_attention(
 ) -> View:
     """Attention of heads on one sequence, read at `hook_pattern` in one forward pass that leaves no trace.
 
-    `heads` are names such as "5.1" (default: all), `window` the first position shown and the one after the last, as
-    queries and as keys. `how`: "circuitsvis" (weights to three digits, at most 5 MB; drawn at 10,000 weights a second)
-    or "canvas" (weights to 8 bits of their square root, in at most so many `megabytes`: with less room more of the
-    small weights are averaged); by default circuitsvis where it is installed and the weights are few. InputError for
-    what can't be shown, HookAuditError where the hook carries no attention weights, ActivationError for NaN.
+    - `tokens`: ids of one sequence, or a text for the model's tokenizer.
+    - `heads`: names such as "5.1"; None is all.
+    - `window`: the first position shown and the one after the last, as queries and as keys.
+    - `how`: "circuitsvis" (weights to three digits, at most 5 MB; drawn at 10,000 weights a second) or "canvas" (to 8
+      bits of their square root); by default circuitsvis where it is installed and the weights are few.
+    - `megabytes`: the most that a canvas takes; with less room more of the small weights are averaged.
+
+    Raises InputError for what can't be shown, HookAuditError where the hook carries no attention weights,
+    ActivationError for NaN.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> view = metaint.show_attention(model, torch.arange(8), "1.0", how="canvas")
+    >>> "1.0" in view.body
+    True
     """
     check_open(model)
     if isinstance(tokens, str) and getattr(model, "tokenizer", None) is None:
@@ -91,8 +102,14 @@ def show_tokens(
 ) -> View:
     """Tokens coloured by their values: white at 0, blue above, vermilion below; the value is shown under the pointer.
 
-    `tokens` are written as they are, or are ids or a text of the `model`'s tokenizer. A value that is NaN (such as the
-    loss of the first token) stays grey. InputError for infinite values, or none to show.
+    - `tokens`: texts, written as they are, or ids or a text of the `model`'s tokenizer.
+    - `values`: one for each; NaN (such as the loss of the first token) stays grey.
+
+    Raises InputError for infinite values, or none to show.
+
+    >>> import metaint
+    >>> "the" in metaint.show_tokens(["the", "cat"], [0.5, -1.0]).body
+    True
     """
     labels = _labels(tokens, model)
     numbers = np.array(torch.as_tensor(values).detach().cpu().double().flatten())

@@ -42,12 +42,23 @@ def show_circuit(
     The embedding is at the bottom, each layer above the one before, the logits on top. A line is a direct path, as wide
     as its share of what all heads bring, coloured by what of a head reads it (queries, keys, values), and broken where
     the model does better without it. The pointer on a part or a line, or the keyboard's focus, shows all that was
-    measured of it. With `model` and `tokens` (one sequence) the attention of the circuit's heads in `window` is below,
-    as `show_attention` draws it on its canvas, and a click on a head, or Enter, enlarges that head's.
+    measured of it. What a circuit made by hand or read from a file lacks is left out.
 
-    What a circuit made by hand or read from a file lacks is left out. InputError for a graph that is no circuit, for a
-    model without tokens or the other way round, for a model that lacks a head of the circuit, and as `show_attention`
-    raises it.
+    - `model`, `tokens`: with both, the attention of the circuit's heads on one sequence is below, as `show_attention`
+      draws it on its canvas, and a click on a head, or Enter, enlarges that head's.
+    - `window`: the positions shown of it.
+
+    Raises InputError for a graph that is no circuit, for a model without tokens or the other way round, for a model
+    that lacks a head of the circuit, and as `show_attention` does.
+
+    >>> import metaint, networkx
+    >>> circuit = networkx.DiGraph(metric="in_context_loss")
+    >>> circuit.add_node("embedding", kind="embedding", layer=-1)
+    >>> circuit.add_node("0.1", kind="head", layer=0, head=1)
+    >>> circuit.add_node("logits", kind="logits", layer=1)
+    >>> circuit.add_edges_from([("embedding", "0.1"), ("0.1", "logits")])
+    >>> "0.1" in metaint.show_circuit(circuit).body
+    True
     """
     if (model is None) != (tokens is None) or (model is None and window is not None):
         missing, given = ("tokens", "model") if model is not None else ("model", "tokens or window")

@@ -91,7 +91,7 @@ def edge_lines(writer: str, reader: str, data: Mapping[str, Any], graph: Mapping
     lines = [f"{writer} → {reader}{f', by {by}' if by else ''}", *_effect(data, graph, "cutting")]
     for letter, told in BY.items():
         if not math.isnan(effect := value(data, f"effect_{letter}")):
-            lines.append(f"cut for {told} alone: {figure(effect, True)}{_unit(graph)}")
+            lines.append(f"cut for {told} alone: {figure(effect, True)}{unit_of(graph)}")
     for letter, told in BY.items():
         if not math.isnan(score := value(data, f"{letter}_composition")):
             z = value(data, f"{letter}_composition_z")
@@ -132,12 +132,12 @@ def _effect(data: Mapping[str, Any], graph: Mapping[str, Any], doing: str) -> It
         how = graph.get("how")
         told = f"effect of {doing}{f' ({plain(how)})' if isinstance(how, str) and how else ''}"
         interval = _given(f"95 %: {figure(low)} to {figure(high)}", low + high)
-        yield f"{told}: {figure(effect, True)}{_unit(graph)}{interval}"
+        yield f"{told}: {figure(effect, True)}{unit_of(graph)}{interval}"
     if not math.isnan(share):
         yield f"share of all heads: {percent(share)}{'' if share == 0 else ', helpful' if share > 0 else ', harmful'}"
 
 
-def _unit(graph: Mapping[str, Any]) -> str:
+def unit_of(graph: Mapping[str, Any]) -> str:
     """What an effect is counted in."""
     metric = plain(graph.get("metric", ""))
     return " nats" if metric in METRICS and metric.endswith("_loss") else f" of {metric}" if metric else ""

@@ -14,17 +14,40 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; without its yellow, too pale for a line.
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-COLOURS, GREY = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#222222"), "#767676"
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#222222")
+GREY = "#767676"
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+# Colours of a map of scores, near white where they are 0, as most are where few heads do what is asked, to dark.
+SHADES = ["#f7f9fc", "#d0e0f0", "#97bfde", "#5094c8", "#1c67ab", "#0b3f7c", "#061e42"]
+# And of effects, which go both ways from 0: blue below, red above.
+BOTH_WAYS = ["#053061", "#2a72b2", "#8ec1dd", "#f7f7f7", "#f2a886", "#c43b3c", "#67001f"]
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 # The x axis of what runs along layers and of what runs along blocks.
 DEPTH = "layer (a block stands at the layer that it starts from)"
-# Pixels: the figure, a panel of height 1, what lies between panels, and above one that stands apart; margins, a line of
-# the caption and where it starts below the panels.
-WIDTH, _PANEL, _GAP, _APART, _LEFT, _TOP, _LINE, _CAPTION_AT = 900, 270, 26, 84, 76, 84, 17, 58
-# Characters: a line of the caption, a line of a legend, and the longest name; layers up to which points are marked.
-_CAPTION_WRAP, _NAME_WRAP, _NAME_SHOWN, MARKED = 146, 22, 60, 16
+# Pixels of the figure's width, and of a panel of height 1.
+WIDTH = 900
+_PANEL = 270
+# Pixels between panels, and above one that stands apart.
+_GAP = 26
+_APART = 84
+# Pixels of the margins left and above.
+_LEFT = 76
+_TOP = 84
+# Pixels of a line of the caption, and from the panels to the first.
+_LINE = 17
+_CAPTION_AT = 58
+# Characters in a line of the caption and of a legend, and of the longest name.
+_CAPTION_WRAP = 146
+_NAME_WRAP = 22
+_NAME_SHOWN = 60
+# Layers up to which points are marked.
+MARKED = 16
 
 
 class Line(NamedTuple):
@@ -58,7 +81,8 @@ def panels(titles: Sequence[str], heights: Sequence[float], apart: bool = False)
         domain = [max(top - height * unit, 0) / inside, top / inside]
         figure.update_yaxes(title_text=title, domain=domain, row=row, col=1)
         lower = {"matches": f"x{shared}", "showticklabels": False}
-        figure.update_xaxes(lower if row < shared else {}, row=row, col=1)
+        if row < shared:
+            figure.update_xaxes(lower, row=row, col=1)
         top -= height * unit + gap
     figure.update_layout(height=inside)
     return figure
@@ -78,9 +102,9 @@ def draw(
     dashes for the lines, explained in grey.
     """
     several = len(named) > 1
-    own = legend_of(row if explain else 1)
+    own = legend_of(row) if explain else "legend"
     traces: Any = figure.data
-    told = {trace.legendgroup for trace in traces if trace.showlegend}
+    explained = {trace.legendgroup for trace in traces if trace.showlegend}
     for i, (name, data) in enumerate(named.items()):
         for line in lines:
             if not there(data, line.variable):
@@ -90,16 +114,34 @@ def draw(
             colour = COLOURS[i % len(COLOURS)] if several else line.colour
             if there(data, f"{line.variable}_low"):
                 figure.add_trace(_band(data, line.variable, colour).update(common), row=row, col=1)
-            curve = _curve(data, line, f"{name}, {line.label}" if several else line.label, colour).update(common)
-            curve.update(name=wrapped(name if several else line.label), marker_symbol=symbol(i))
-            curve.showlegend = explain and not (several and common["legendgroup"] in told)
-            told |= {common["legendgroup"]} if curve.showlegend else set()
+            named_after = name if several else line.label
+            pointed_at = f"{name}, {line.label}" if several else line.label
+            curve = _curve(data, line, pointed_at, colour).update(common)
+            curve.update(name=wrapped(named_after), marker_symbol=symbol(i))
+            curve.showlegend = explain and not (several and common["legendgroup"] in explained)
+            explained |= {common["legendgroup"]} if curve.showlegend else set()
             figure.add_trace(curve, row=row, col=1)
     if several and explain and len(lines) > 1:
         for line in lines:
             style = {"color": GREY, "dash": line.dash}
             key = go.Scatter(x=[None], y=[None], mode="lines", line=style, name=wrapped(line.label), legend=own)
             figure.add_trace(key, row=row, col=1)
+
+
+def shares_scale(title: str, length: float) -> dict[str, Any]:
+    """The colour axis of maps of what lies between 0 and 1, explained beside them over so many pixels."""
+    return {"cmin": 0, "cmax": 1, "colorscale": SHADES, "colorbar": colour_bar(title, length)}
+
+
+def colour_bar(title: str, length: float) -> dict[str, Any]:
+    """What explains the colours of maps, beside the uppermost."""
+    place = {"x": 1.02, "y": 1, "yanchor": "top"}
+    return {"title": title, "thickness": 14, "len": length, "lenmode": "pixels", **place}
+
+
+def whole_ticks(count: int, most: int) -> int:
+    """The distance of ticks along so many layers or heads, such that there are `most` at most."""
+    return next((step for step in (1, 2, 5, 10, 20, 50) if count <= most * step), 100)
 
 
 def stripe(figure: go.Figure, row: int, null: float, last: int) -> None:
@@ -129,10 +171,10 @@ def rule(figure: go.Figure, row: int, at: float) -> None:
     figure.add_hline(at, row=row, col=1, line={"color": GREY, "width": 1}, layer="below")  # type: ignore[arg-type]
 
 
-def _curve(data: xr.Dataset, line: Line, told: str, colour: str) -> go.Scatter:
+def _curve(data: xr.Dataset, line: Line, name: str, colour: str) -> go.Scatter:
     values = data[line.variable]
     x, y = _along(values), values.values
-    hover = f"{escape(told)}: %{{y:.4g}}"
+    hover = f"{escape(name)}: %{{y:.4g}}"
     interval = None
     if there(data, f"{line.variable}_low"):
         interval = np.stack([data[line.variable + end].values for end in ("_low", "_high")], -1)
@@ -205,7 +247,7 @@ def finish(figure: go.Figure, title: str, named: Mapping[str, xr.Dataset], capti
     figure.update_xaxes(title_text=x_title, row=len(rows), col=1)
     if x_title in ("layer", DEPTH):
         longest = max(data.sizes["layer"] for data in named.values())
-        figure.update_xaxes(tick0=0, dtick=next(step for step in (1, 2, 5, 10, 20, 50, 100) if longest <= 14 * step))
+        figure.update_xaxes(tick0=0, dtick=whole_ticks(longest, 14))
     figure.add_annotation(
         text="<br>".join(lines),
         name="caption",
@@ -228,8 +270,8 @@ def _facts(named: Mapping[str, xr.Dataset]) -> str:
     counts = sorted(int(data.attrs.get("tokens_seen", 0)) for data in named.values())
     if len(named) == 1:
         name, data = next(iter(named.items()))
-        told, sequences = escape(short_name(name), quote=False), int(data.attrs.get("sequences", 0))
-        return told + f": {counts[0]} tokens in {sequences} sequence{'s' * (sequences != 1)}" * bool(counts[0])
+        facts, sequences = escape(short_name(name), quote=False), int(data.attrs.get("sequences", 0))
+        return facts + f": {counts[0]} tokens in {sequences} sequence{'s' * (sequences != 1)}" * bool(counts[0])
     read = f" of {counts[0]}{'' if counts[0] == counts[-1] else f' to {counts[-1]}'} tokens"
     return f"{len(named)} scans{read * bool(counts[-1])}"
 

@@ -83,6 +83,14 @@ def save_headvis(
     without `/heads`, a recording over training, a bidirectional model, or a model or tokens that aren't the scan's;
     HookAuditError and ActivationError as `metaint.scan` does; StoreError if something else is in the way, or the
     folder can't be written.
+
+    >>> import metaint, tempfile, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2))
+    >>> folder = metaint.save_headvis(scan, tempfile.mkdtemp() + "/data")
+    >>> (folder / "config.json").is_file()
+    True
     """
     folder = Path(folder).resolve()
     heads = _checked(scan, model, tokens)
@@ -105,14 +113,14 @@ def metrics_of(heads: xr.Dataset) -> Numbers:
 
     A scan leaves out position 0 as a query, which attends to itself alone: weight 1, distance 0.
     """
-    found, sequences = Numbers(), heads.attrs["sequences"]
+    metrics, sequences = Numbers(), heads.attrs["sequences"]
     for name, ours, at_first in (("self_attention_score", "current_token", 1), ("qk_distance", "distance_mean", 0)):
         if ours in heads:
             mean, count = _values(heads[ours]), _values(heads[f"{ours}_count"])
-            found[name] = (mean * count + at_first * sequences) / (count + sequences)
+            metrics[name] = (mean * count + at_first * sequences) / (count + sequences)
     if "prefix_match" in heads:
-        found["induction_score"] = _values(heads["prefix_match"])
-    return found
+        metrics["induction_score"] = _values(heads["prefix_match"])
+    return metrics
 
 
 def _own_scores(heads: xr.Dataset) -> dict[str, tuple[Float[np.ndarray, "layer head"], str]]:
@@ -159,9 +167,9 @@ def _read(
         raise InputError(f"tokens has shape {tuple(tokens.shape)}, and the scan read {shape}: give the same tokens.")
     HeadProbe().prepare(model)
 
-    def same(found: Numbers) -> None:
+    def same(scores: Numbers) -> None:
         for name, values in known.items():
-            if values.shape != found[name].shape or not np.allclose(values, found[name], 2e-3, 2e-3, equal_nan=True):
+            if values.shape != scores[name].shape or not np.allclose(values, scores[name], 2e-3, 2e-3, equal_nan=True):
                 raise InputError(
                     f"model and tokens have another {name} than the scan: give the model, the tokens and the "
                     "attention_mask that were scanned."

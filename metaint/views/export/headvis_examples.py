@@ -134,15 +134,15 @@ def sampled(largest: Float[np.ndarray, " sequence"], seed: Sequence[int]) -> lis
     ordered, n = np.sort(largest), len(largest)
     bounds = [ordered[min(round(i * n / INTERVALS), n - 1)] for i in range(1, INTERVALS)]
     intervals = np.searchsorted(bounds, largest, side="right") + 1
-    rng, found = np.random.default_rng(seed), []
+    rng, examples = np.random.default_rng(seed), []
     for interval in range(1, INTERVALS + 1):
         inside = np.flatnonzero(intervals == interval)
         if interval == INTERVALS:
             inside = inside[np.argsort(-largest[inside], kind="stable")][:TOP_EXAMPLES]
         elif len(inside) > EXAMPLES:
             inside = np.sort(rng.choice(inside, EXAMPLES, replace=False))
-        found += [(interval, int(row)) for row in inside]
-    return found
+        examples += [(interval, int(row)) for row in inside]
+    return examples
 
 
 def sparse(pattern: Float[Tensor, "query key"]) -> tuple[list[int], list[float]]:

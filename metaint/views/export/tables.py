@@ -28,15 +28,24 @@ _WRITERS: dict[str, Callable[[pd.DataFrame, Path], Any]] = {
 def tables_of(scan: xr.DataTree) -> Tables:
     """Every table of a scan, by name; each variable of the scan is in at least one.
 
-    `heads`, `residual`, `inner`, `saturation`, `memory`, `memory_pairs`, `weights` and `recurrence` are as wide as
-    `head_frame`, `layer_frame` and their like make them, and `labels` is `metaint.label_heads`. What doesn't fit there
-    is tidy, one row for each value of its dimensions, under the group's name and theirs (`weights_pairs` for pairs of
-    heads, `saturation_scale_layer_head`); numbers without dimensions share one row (`weights_scalars`). So are groups
-    of other probes, and `training`. `attributes` tells where the scan comes from: group ("" for the root), name, and
-    value as text or JSON. Of a recording over training every other table begins with a column `step`. In `heads` and
-    `labels` the column `head` holds names ("5.1") and `index` numbers within the layer; elsewhere `head` is the number.
+    - `heads`, `residual`, `inner`, `saturation`, `memory`, `memory_pairs`, `weights`, `recurrence`: a wide table of
+      each group that was read, and `labels`, which is `metaint.label_heads`.
+    - What doesn't fit there is tidy, one row for each value of its dimensions, under the group's name and theirs
+      (`weights_pairs` for pairs of heads, `saturation_scale_layer_head`); numbers without dimensions share one row
+      (`weights_scalars`). So are groups of other probes, and `training`.
+    - `attributes`: where the scan comes from, by group ("" for the root) and name, values as text or JSON.
+
+    A recording's tables, but for `attributes`, begin with a column `step`. In `heads` and `labels` the column `head`
+    holds names ("5.1") and `index` numbers within the layer; elsewhere `head` is the number.
 
     Raises InputError where nothing was read.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.WeightProbe()])
+    >>> list(metaint.tables_of(scan))
+    ['weights', 'weights_scalars', 'weights_pairs', 'attributes']
     """
     tables: Tables = {}
     for name in _groups(scan):
@@ -52,9 +61,19 @@ def save_tables(scan: xr.DataTree, folder: str | Path, format: str = "csv") -> l
     """Write each table of a scan to `<name>.csv` or `<name>.parquet` in a folder, made if it isn't there.
 
     Returns the paths. All tables are written aside first, so that earlier ones of the same names stay until the new
-    ones are whole; files of other names are left alone. CSV keeps every digit, but no types: read it with
-    `pandas.read_csv(path, dtype={"head": str})`, since the head "5.10" is no number. Raises InputError for another
-    format or an empty scan, StoreError if the folder can't be written.
+    ones are whole; files of other names are left alone.
+
+    - `format`: "csv" keeps every digit, but no types: read it with `pandas.read_csv(path, dtype={"head": str})`, since
+      the head "5.10" is no number. "parquet" keeps both.
+
+    Raises InputError for another format or an empty scan, StoreError if the folder can't be written.
+
+    >>> import metaint, tempfile, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2))
+    >>> [path.name for path in metaint.save_tables(scan, tempfile.mkdtemp())]
+    ['heads.csv', 'labels.csv', 'attributes.csv']
     """
     if format not in _WRITERS:
         raise InputError(f'format is {format!r}: it must be "csv" or "parquet".')

@@ -160,7 +160,7 @@ def _scores(title: str, frame: pd.DataFrame, columns: list[str], order: str, wid
     room = width - 2 - cell_width("head", frame["head"])
     first = True
     while columns:
-        table = plain_table(title if first else "(continued)")
+        table = plain_table(title)
         table.add_column("head", no_wrap=True)
         beside = [frame["head"].tolist()]
         even = ["even"]
@@ -180,7 +180,7 @@ def _scores(title: str, frame: pd.DataFrame, columns: list[str], order: str, wid
         table.add_section()
         table.add_row(*even, *(number(_uniform(frame, name)) for name in shown), style="dim")
         yield table
-        first = False
+        first, title = False, "(continued)"
 
 
 def _fitting(widths: list[int], room: int) -> int:

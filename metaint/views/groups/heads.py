@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from metaint.errors import InputError
 from metaint.scans.finding import Scan, one_group
 from metaint.scans.labels import label_heads
-from metaint.views.drawing.panels import finish, there
+from metaint.views.drawing.panels import SHADES, finish, shares_scale, there, whole_ticks
 from metaint.views.drawing.terminal import number
 from metaint.views.groups.group_view import GroupView
 from metaint.views.groups.head_tables import head_frame, heads_json, print_scan
@@ -33,30 +33,48 @@ _MARKED_ON = {
     "argmax": "max_weight",
 }
 _TITLES = {"first_token": "first token (sink)"}
-# Pixels: a map's least and greatest height, between rows of maps, and all maps of a row together. With more heads than
-# `_FEW` two maps stand side by side, so that a cell can still be pointed at. Room for the first row's titles.
-_LEAST, _MOST, _GAP, _ACROSS, _FEW, _ABOVE = 130, 560, 66, 740, 24, 30
+# Pixels of a map's height, at least and at most.
+_LEAST = 130
+_MOST = 560
+# Pixels of a cell's width, at most.
+_CELL = 26
+# Pixels between rows of maps, of all maps of a row together, and of room for the first row's titles.
+_GAP = 66
+_ACROSS = 740
+_ABOVE = 30
+# With more heads than this two maps stand side by side in place of three, so that a cell can still be pointed at.
+_FEW = 24
 
 
 def plot_heads(scan: Scan, scores: Sequence[str] | None = None) -> go.Figure:
     """A map of each score, heads across and layers down, beside what uniform attention scores; labelled heads marked.
 
-    In: a scan, or its `/heads`. `scores` are names of (layer, head) variables that were measured; by default induction
-    (`prefix_match` where the tokens don't repeat), previous, duplicate and first token, local mass, averaging, the
-    largest weight, and entropy, as far as the scan has them. Scores between 0 and 1 share a scale. A label's dot is on
-    the map of the score that earned it; the labels are those of `metaint.label_heads`. InputError where a scan has no
-    `/heads`, is a recording over several steps, or lacks a score.
+    - `scan`: a scan, or its `/heads`.
+    - `scores`: names of (layer, head) variables that were measured; by default induction (`prefix_match` where the
+      tokens don't repeat), previous, duplicate and first token, local mass, averaging, the largest weight, and entropy,
+      as far as the scan has them. Scores between 0 and 1 share a scale.
+
+    A label's dot is on the map of the score that earned it; the labels are those of `metaint.label_heads`. Raises
+    InputError where a scan has no `/heads`, is a recording over several steps, or lacks a score.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.HeadProbe()])
+    >>> [trace.name for trace in metaint.plot_heads(scan, ["entropy", "induction"]).data if trace.type == "heatmap"]
+    ['entropy', 'induction']
     """
     model, data = one_group(scan, "heads")
     names = _chosen(data, scores)
-    columns = min(len(names), 3 if data.sizes["head"] <= _FEW else 2)
+    beside = 3 if data.sizes["head"] <= _FEW else 2
+    columns = min(len(names), beside)
     rows = -(-len(names) // columns)
-    cell = min(_ACROSS / columns / data.sizes["head"], 26)
+    cell = min(_ACROSS / columns / data.sizes["head"], _CELL)
     height = min(max(cell * data.sizes["layer"], _LEAST), _MOST)
     inside = rows * height + (rows - 1) * _GAP
     figure = make_subplots(
         rows, columns, subplot_titles=[_title(data, name) for name in names], shared_yaxes=True,
-        horizontal_spacing=0.035, vertical_spacing=_GAP / inside if rows > 1 else 0,
+        horizontal_spacing=0.035, vertical_spacing=(rows > 1) * _GAP / inside,
     )  # fmt: skip
     labels = _labels(data)
     for i, name in enumerate(names):
@@ -65,7 +83,8 @@ def plot_heads(scan: Scan, scores: Sequence[str] | None = None) -> go.Figure:
         figure.add_trace(_map(data, name, labels), **where)
         _mark(figure, data, name, labels, cell, height, **where)
         figure.update_xaxes(title_text="head", title_standoff=4, **where)
-        figure.update_yaxes(title_text="layer" if column == 0 else None, **where)
+        if column == 0:
+            figure.update_yaxes(title_text="layer", **where)
     figure.update_layout(height=inside)
     finish(figure, "Scores of the heads", {model: data}, _CAPTION, "")
     _tidy(figure, data, inside)
@@ -94,18 +113,17 @@ def _chosen(data: xr.Dataset, scores: Sequence[str] | None) -> list[str]:
 
 def _labels(data: xr.Dataset) -> dict[tuple[int, int], list[str]]:
     """The labels of each head that earned any, by its place."""
-    found: dict[tuple[int, int], list[str]] = {}
+    labels: dict[tuple[int, int], list[str]] = {}
     for row in label_heads(data).query("label != 'none'").to_dict("records"):
-        found.setdefault((row["layer"], row["index"]), []).append(row["label"])
-    return found
+        labels.setdefault((row["layer"], row["index"]), []).append(row["label"])
+    return labels
 
 
 def _map(data: xr.Dataset, name: str, labels: dict[tuple[int, int], list[str]]) -> go.Heatmap:
     values = _values(data, name)
     scale: dict[str, Any] = {"coloraxis": "coloraxis"}
     if not _is_share(values):
-        scale = {"zmin": np.nanmin(values), "zmax": np.nanmax(values), "colorscale": "Viridis", "reversescale": True}
-        scale["showscale"] = False
+        scale = {"zmin": np.nanmin(values), "zmax": np.nanmax(values), "colorscale": SHADES, "showscale": False}
     return go.Heatmap(
         z=values,
         x=data["head"].values,
@@ -122,7 +140,7 @@ def _told(data: xr.Dataset, name: str, labels: dict[tuple[int, int], list[str]])
     ends = ("", "_low", "_high", "_uniform", "_null_mean", "_null_std")
     score, low, high, uniform, mean, std = (_values(data, name + end) for end in ends)
     known = [~np.isnan(values) for values in (low, uniform, mean)]
-    told = []
+    rows = []
     for i, layer in enumerate(data["layer"].values):
         row = []
         for j, head in enumerate(data["head"].values):
@@ -132,8 +150,8 @@ def _told(data: xr.Dataset, name: str, labels: dict[tuple[int, int], list[str]])
             text += f"<br>uniform {number(uniform[at])}" if known[1][at] else ""
             text += f"<br>null {number(mean[at])} ± {number(std[at])}" if known[2][at] else ""
             row.append(text + (f"<br><b>{', '.join(labels[at])}</b>" if at in labels else ""))
-        told.append(row)
-    return told
+        rows.append(row)
+    return rows
 
 
 def _mark(
@@ -143,7 +161,7 @@ def _mark(
     """A dot in the cell of each head whose label rests on this score; nothing where there is none."""
     stripe = "induction" if there(data, "induction") else "prefix_match"
     wanted = [label for label, source in {**_MARKED_ON, "induction": stripe}.items() if source == name]
-    places = [at for at, found in labels.items() if set(wanted) & set(found)]
+    places = [at for at, earned in labels.items() if set(wanted) & set(earned)]
     if not places:
         return
     size = max(5.0, min(11.0, 0.5 * min(cell, height / data.sizes["layer"])))
@@ -155,28 +173,26 @@ def _mark(
 
 def _title(data: xr.Dataset, name: str) -> str:
     """The score's name and what uniform attention scores, which differs between layers with their windows."""
-    told = _TITLES.get(name, name.replace("_", " "))
+    title = _TITLES.get(name, name.replace("_", " "))
     values = _values(data, name)
     uniform = _values(data, f"{name}_uniform")
     if not np.isnan(uniform).all():
         least, most = number(np.nanmin(uniform)), number(np.nanmax(uniform))
-        told += f" · uniform {least}" + (f" to {most}" if most != least else "")
+        title += f" · uniform {least}" + (f" to {most}" if most != least else "")
     if not _is_share(values):
-        told += f"<br>light {number(np.nanmin(values))}, dark {number(np.nanmax(values))}"
-    return f"<b>{told.replace(' · ', '</b> · ', 1)}" if " · " in told else f"<b>{told}</b>"
+        title += f"<br>light {number(np.nanmin(values))}, dark {number(np.nanmax(values))}"
+    return f"<b>{title.replace(' · ', '</b> · ', 1)}" if " · " in title else f"<b>{title}</b>"
 
 
 def _tidy(figure: go.Figure, data: xr.Dataset, inside: float) -> None:
     """Small titles, whole numbers on the axes, layer 0 above, and the shared scale at the side."""
     figure.for_each_annotation(lambda note: note.update(font_size=12) if note.name != "caption" else None)
-    ticks = {dim: next(s for s in (1, 2, 5, 10, 20, 50) if data.sizes[dim] <= 14 * s) for dim in ("layer", "head")}
+    ticks = {dim: whole_ticks(data.sizes[dim], 14) for dim in ("layer", "head")}
     ends = {dim: [data[dim].values[0] - 0.5, data[dim].values[-1] + 0.5] for dim in ("layer", "head")}
     figure.update_xaxes(tick0=0, dtick=ticks["head"], range=ends["head"], showgrid=False)
     figure.update_yaxes(tick0=0, dtick=ticks["layer"], range=ends["layer"][::-1], showgrid=False)
-    bar = {"title": "score", "thickness": 14, "len": min(220, inside), "lenmode": "pixels", "y": 1, "yanchor": "top"}
-    colours = {"cmin": 0, "cmax": 1, "colorscale": "Viridis", "reversescale": True, "colorbar": {**bar, "x": 1.02}}
     layout: Any = figure.layout
-    figure.update_layout(coloraxis=colours, hovermode="closest")
+    figure.update_layout(coloraxis=shares_scale("score", min(220, inside)), hovermode="closest")
     figure.update_layout(height=layout.height + _ABOVE, margin_t=layout.margin.t + _ABOVE)
 
 

@@ -48,30 +48,43 @@ _LOSSES = (
 def plot_inner(scans: Scans) -> go.Figure:
     """Loss and rank of the next token at every layer, how each step follows the loss's gradient, and length and loss.
 
-    In: a scan, its `/inner`, or a dict from names to these. Panels: loss in nats beside that of another token's target
-    and the prediction's entropy; geometric mean rank (1 is the most likely, log axis); cosine in [-1, 1] of what each
-    block, its attention and its MLP add with the descent direction, beside its null; share of tokens whose loss the
-    block lowers; fidelity, the fall that the gradient foretells over the real one, where the loss surely falls; and a
-    dot for each token, length of the stream against loss at the last layer, with Spearman's coefficients. Bands are
-    95 % intervals over sequences. InputError where `/inner` is missing.
+    - `scans`: a scan, its `/inner`, or a dict from names to these.
+
+    Panels, with bands that are 95 % intervals over sequences:
+
+    - loss in nats beside that of another token's target and the prediction's entropy;
+    - geometric mean rank (1 is the most likely, log axis);
+    - cosine in [-1, 1] of what each block, its attention and its MLP add with the descent direction, beside its null;
+    - share of tokens whose loss the block lowers;
+    - fidelity, the fall that the gradient foretells over the real one, where the loss surely falls;
+    - a dot for each token, length of the stream against loss at the last layer, with Spearman's coefficients.
+
+    Raises InputError where `/inner` is missing.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.InnerProbe()])
+    >>> metaint.plot_inner(scan).layout.title.text
+    'Inner optimisation'
     """
     named = {name: _with_fidelity(data) for name, data in named_groups(scans, "inner").items()}
-    kept = [part for part in _PARTS if part == "" or _known(named, f"step_gradient_cosine{part}")]
+    parts = [part for part in _PARTS if part == "" or _known(named, f"step_gradient_cosine{part}")]
     lower = ["share improved", *(["fidelity"] if _known(named, "fidelity_sure") else [])]
-    titles = ["nats", "rank", *(f"cosine, {_PARTS[part]}" for part in kept), *lower, "loss (nats)"]
+    titles = ["nats", "rank", *(f"cosine, {_PARTS[part]}" for part in parts), *lower, "loss (nats)"]
     figure = panels(titles, [1, 0.6, *[0.55] * (len(titles) - 3), 1], apart=True)
     draw(figure, 1, named, _LOSSES)
     draw(figure, 2, named, [Line("target_rank", "rank", GREEN)], explain=False)
     log_axis(figure, 2)
-    for row, part in enumerate(kept, 3):
+    for row, part in enumerate(parts, 3):
         _draw_beside_null(figure, row, named, "step_gradient_cosine", part)
         rule(figure, row, 0)
         figure.update_yaxes(matches="y3" if row > 3 else None, row=row, col=1)
-    _draw_beside_null(figure, 3 + len(kept), named, "improved")
-    rule(figure, 3 + len(kept), 0.5)
+    _draw_beside_null(figure, 3 + len(parts), named, "improved")
+    rule(figure, 3 + len(parts), 0.5)
     if len(lower) > 1:
-        draw(figure, 4 + len(kept), named, [Line("fidelity_sure", "fidelity", BLUE)], explain=False)
-        rule(figure, 4 + len(kept), 1)
+        draw(figure, 4 + len(parts), named, [Line("fidelity_sure", "fidelity", BLUE)], explain=False)
+        rule(figure, 4 + len(parts), 1)
     finish(figure, "Inner optimisation", named, _caption(named, len(lower) > 1), DEPTH)
     figure.update_xaxes(title_text=DEPTH, row=len(titles) - 1, col=1)
     _draw_tokens(figure, len(titles), named)
@@ -103,8 +116,8 @@ def _draw_tokens(figure: go.Figure, row: int, named: Mapping[str, xr.Dataset]) -
     lengths = []
     for i, data in enumerate(named.values()):
         here = data.isel(layer=-1)
-        told = [_coefficient(here, f"norm_loss_spearman{end}", len(named) == 1) for end in ("", "_partial")]
-        name = f"{told[0]}{'<br>' if len(named) == 1 else ', '}partial {told[1]}"
+        coefficients = [_coefficient(here, f"norm_loss_spearman{end}", len(named) == 1) for end in ("", "_partial")]
+        name = f"{coefficients[0]}{'<br>' if len(named) == 1 else ', '}partial {coefficients[1]}"
         figure.add_trace(_dots(here, i).update(name=name, legend=legend_of(row)), row=row, col=1)
         lengths.append(here["token_norm"].values)
     axis = {"dtick": None, "tick0": None, **log_scale(np.concatenate(lengths))}

@@ -16,12 +16,14 @@ from plotly.subplots import make_subplots
 from rich.console import Console
 
 from metaint.scans.finding import Scan, group_of, one_group
-from metaint.views.drawing.panels import BLUE, GREY, finish, short_name
+from metaint.views.drawing.panels import BLUE, GREY, finish, shares_scale, short_name, whole_ticks
 from metaint.views.drawing.terminal import number, print_columns
 from metaint.views.groups.group_view import GroupView
 
-# Heads and pairs in a table, and pairs in the figure.
-_TOP, _DRAWN = 8, 20
+# Heads and pairs in a table.
+_TOP = 8
+# Pairs in the figure.
+_DRAWN = 20
 _PAIR = ("layer", "head", "layer_to", "head_to")
 # Variables and headings, the one that sorts a table first; a recall stands beside its chance.
 _OUTPUTS = [("ov_recall", "OV recall"), ("ov_recall_top5", "in\ntop 5")]
@@ -68,7 +70,8 @@ def pairs_frame(scan: Scan) -> pd.DataFrame:
 
 def _with_chances(data: xr.Dataset, dims: tuple[str, ...]) -> pd.DataFrame:
     names = [str(name) for name in data.data_vars if set(data[name].dims) == set(dims)]
-    columns = [part for name in names for part in (name, f"{name}_chance") if part in data]
+    beside = [part for name in names for part in (name, f"{name}_chance")]
+    columns = [name for name in beside if name in data]
     return pd.DataFrame(data[columns].to_dataframe(dim_order=list(dims)).reset_index()[[*dims, *columns]])
 
 
@@ -81,12 +84,12 @@ def print_memory(console: Console, scan: xr.DataTree) -> None:
     _print_top(console, "OV", heads, _OUTPUTS)
     _print_top(console, "Positions", heads, _POSITIONS)
     _print_top(console, "Pairs", pairs, _KEYS)
-    told = ", ".join(
+    behaviour = ", ".join(
         f"{words} {number(data[name].item())} of {int(data[f'{name}_count'])}"
         for name, words in _BEHAVIOUR.items()
         if name in data and data[f"{name}_count"] > 0
     )
-    console.print(f"Behaviour, share of next tokens right: {told or 'not known, no predictions were read'}.")
+    console.print(f"Behaviour, share of next tokens right: {behaviour or 'not known, no predictions were read'}.")
     console.print(
         f"[dim]Recalls: of {data.attrs.get('tokens_read', '?')} tokens, or of positions, the share for which the "
         "weights alone score the right one highest; chance: if all scored alike. In context: where the next token is "
@@ -108,8 +111,8 @@ def _print_top(console: Console, title: str, frame: pd.DataFrame, wanted: list[t
     columns = [("pair" if paired else "head", [*top["name"], "chance"])]
     for name, heading in wanted:
         if name in top and len(top[name].dropna()):
-            told = chance(top[f"{name}_chance"].iloc[0])
-            columns.append((heading, [*(number(value) for value in top[name]), told]))
+            even = chance(top[f"{name}_chance"].iloc[0])
+            columns.append((heading, [*(number(value) for value in top[name]), even]))
     print_columns(console, f"{title}: top {len(top)} of {len(known)}", columns)
 
 
@@ -126,6 +129,13 @@ def plot_memory(scan: Scan) -> go.Figure:
     """Recall of each head, layers down and heads across, and below them the pairs that recall most, beside chance.
 
     In: a scan, or its `/memory`; InputError without it.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.MemoryProbe()])
+    >>> metaint.plot_memory(scan).layout.title.text
+    'What the weights recall'
     """
     model, data = one_group(scan, "memory")
     pairs = pairs_frame(data)
@@ -141,7 +151,8 @@ def plot_memory(scan: Scan) -> go.Figure:
     maps = {"previous_position_recall": "recall of the previous position", "ov_recall": "OV recall"}
     for column, (name, title) in enumerate(maps.items(), 1):
         _draw_map(figure, column, data, name, title)
-    _draw_pairs(figure, pairs, _TOO_MANY if "key_composition_recall" not in data else None)
+    missing = _UNKNOWN["key_composition_recall"] if "key_composition_recall" in data else _TOO_MANY
+    _draw_pairs(figure, pairs, missing)
     caption = (
         "How to read: the share of positions, and of tokens, for which a head's weights alone score the position "
         "before, or the token's own logit, highest; below, for pairs of heads, the share of tokens that the second "
@@ -150,9 +161,9 @@ def plot_memory(scan: Scan) -> go.Figure:
         "works, since the rest of the stream is left out, and a head may recall what it never attends to."
     )
     finish(figure, "What the weights recall", {"": data}, caption, "")
-    told = escape(short_name(model), quote=False)
-    told += f": {data.attrs['tokens_read']} tokens read" if "tokens_read" in data.attrs else ""
-    figure.update_layout(title_subtitle_text=told, hovermode="closest")
+    subtitle = escape(short_name(model), quote=False)
+    subtitle += f": {data.attrs['tokens_read']} tokens read" if "tokens_read" in data.attrs else ""
+    figure.update_layout(title_subtitle_text=subtitle, hovermode="closest")
     return figure
 
 
@@ -169,21 +180,19 @@ def _draw_map(figure: go.Figure, column: int, data: xr.Dataset, name: str, title
         hovertemplate="head %{customdata}: %{z:.3f}<extra></extra>",
     )  # fmt: skip
     figure.add_trace(grid, **where)
-    told = data[f"{name}_chance"].item()
-    steps = {dim: next(s for s in (1, 2, 5, 10, 20, 50) if data.sizes[dim] <= 16 * s) for dim in ("layer", "head")}
-    beside = "" if math.isnan(told) else f" (chance {chance(told)})"
+    even = data[f"{name}_chance"].item()
+    steps = {dim: whole_ticks(data.sizes[dim], 16) for dim in ("layer", "head")}
+    beside = "" if math.isnan(even) else f" (chance {chance(even)})"
     figure.update_xaxes(title_text=f"head: {title}{beside}", tick0=0, dtick=steps["head"], **where)
     figure.update_yaxes(title_text="layer", autorange="reversed", tick0=0, dtick=steps["layer"], **where)
-    bar = {"title": "recall", "thickness": 14, "len": 180, "lenmode": "pixels", "y": 1, "yanchor": "top", "x": 1.02}
-    colours = {"cmin": 0, "cmax": 1, "colorscale": "Viridis", "reversescale": True, "colorbar": bar}
-    figure.update_layout(coloraxis=colours)
+    figure.update_layout(coloraxis=shares_scale("recall", 180))
 
 
-def _draw_pairs(figure: go.Figure, pairs: pd.DataFrame, missing: str | None) -> None:
+def _draw_pairs(figure: go.Figure, pairs: pd.DataFrame, missing: str) -> None:
     """A dot for each pair, the strongest above, and a line where chance is."""
     if pairs.empty:
         figure.add_trace(go.Scatter(x=[None], y=[None], showlegend=False), row=2, col=1)
-        _say(figure, missing or _UNKNOWN["key_composition_recall"], 92, row=2, col=1)
+        _say(figure, missing, 92, row=2, col=1)
         return
     names = _pair_names(pairs)
     recalls, even = pairs["key_composition_recall"], float(pairs["key_composition_recall_chance"].iloc[0])

@@ -34,8 +34,10 @@ from metaint.views.drawing.panels import (
 from metaint.views.drawing.terminal import number, print_columns
 from metaint.views.groups.group_view import GroupView
 
-# Rows of a table, and decades of a loss that are drawn, at most: below lies rounding.
-_ROWS, _DECADES = 12, 6
+# Rows of a table, at most.
+_ROWS = 12
+# Decades of a loss that are drawn, at most: below lies rounding.
+_DECADES = 6
 
 
 def recurrence_frame(scan: xr.DataTree) -> pd.DataFrame:
@@ -60,9 +62,9 @@ def print_recurrence(console: Console, scan: xr.DataTree) -> None:
     known = _known(data)
     rows = known if known.sizes["position"] else data.isel(position=_spread(data.sizes["position"]))
     lengths = ("context\nlength", [str(T) for T in rows["position"].values])
-    told = {"": "model", "_zero": "zero", "_gradient_step": "one step", "_least_squares": "least squares"}
-    told |= {"_persistence": "last again"} | {f"_{key}": name for key, name in _names(data).items() if _is_mean(key)}
-    columns = [(name.replace(" ", "\n", 1), _cells(rows[f"loss{key}"], small=True)) for key, name in told.items()]
+    losses = {"": "model", "_zero": "zero", "_gradient_step": "one step", "_least_squares": "least squares"}
+    losses |= {"_persistence": "last again"} | {f"_{key}": name for key, name in _names(data).items() if _is_mean(key)}
+    columns = [(name.replace(" ", "\n", 1), _cells(rows[f"loss{key}"], small=True)) for key, name in losses.items()]
     print_columns(console, f"Loss of the next vector, d = {data.attrs['d']}", [lengths, *columns])
     if known.sizes["position"]:
         print_columns(console, "Effective matrix: cosine with", [lengths, *_of_matrices(rows)])
@@ -98,12 +100,12 @@ def _is_mean(reference: str, least: int = 1) -> bool:
 
 def _names(data: xr.Dataset) -> dict[str, str]:
     """References by what they are called in tables and figures."""
-    found = {"truth": "W", "gradient_step": "one step", "least_squares": "least squares"}
+    names = {"truth": "W", "gradient_step": "one step", "least_squares": "least squares"}
     for reference in data["reference"].values.tolist():
         if _is_mean(reference):
             steps = reference.rpartition("_")[2]
-            found[reference] = f"{steps} step{'s' * (steps != '1')} (mean)"
-    return {str(key): found.get(str(key), str(key)) for key in data["reference"].values}
+            names[reference] = f"{steps} step{'s' * (steps != '1')} (mean)"
+    return {str(key): names.get(str(key), str(key)) for key in data["reference"].values}
 
 
 def _cells(values: xr.DataArray, small: bool = False) -> list[str]:
@@ -123,12 +125,21 @@ def plot_recurrence(scans: Scans) -> go.Figure:
 
     In: a scan, its `/recurrence`, or a dict from names to these; of several the baselines and the null are those of
     the first. InputError where `/recurrence` is missing.
+
+    >>> import metaint, torch
+    >>> from metaint.tasks import autoregressive
+    >>> from metaint.toys.linear_attention import gradient_step
+    >>> vectors, matrices = autoregressive("haar", 3, 8, 12, dtype=torch.float64)
+    >>> scan = metaint.recur(gradient_step(3, 0.05, dtype=torch.float64), vectors, matrices)
+    >>> metaint.plot_recurrence(scan).layout.title.text
+    'Prediction in context'
     """
     named = named_groups(scans, "recurrence")
     first = next(iter(named.values()))
     matrices = {name: known for name, data in named.items() if (known := _known(data)).sizes["position"]}
     figure = panels(["loss", "cosine of the matrix"][: 1 + bool(matrices)], [1.2, 1.1][: 1 + bool(matrices)])
-    draw(figure, 1, named, [Line("loss", "model" if len(named) == 1 else "loss", BLUE)])
+    label = "model" if len(named) == 1 else "loss"
+    draw(figure, 1, named, [Line("loss", label, BLUE)])
     draw(figure, 1, {"": first}, _baselines(first, len(named) == 1))
     _log_loss(figure, named)
     caption = (
@@ -164,7 +175,7 @@ def _baselines(data: xr.Dataset, alone: bool) -> list[Line]:
         names = {"zero": "zero"} | _names(data)
         return [Line(f"loss_{name}", names[name], GREY, dash) for name, dash in dashes.items()]
     lines = [Line("loss_zero", "zero", GREY, "dot"), Line("loss_persistence", "last vector again", GREY, "dash")]
-    coloured = {reference: told for reference, told in _coloured(data).items() if reference != "truth"}
+    coloured = {reference: pair for reference, pair in _coloured(data).items() if reference != "truth"}
     return lines + [Line(f"loss_{reference}", name, colour, "dash") for reference, (name, colour) in coloured.items()]
 
 
@@ -178,8 +189,8 @@ def _coloured(data: xr.Dataset) -> dict[str, tuple[str, str]]:
 def _log_loss(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None:
     """As many decades as losses have, but for those of least squares, which run down to rounding."""
     lines = ["loss", *(line.variable for line in _baselines(next(iter(named.values())), len(named) == 1))]
-    kept = [name for name in lines if name != "loss_least_squares"]
-    values = np.concatenate([data[name].values for data in named.values() for name in kept])
+    drawn = [name for name in lines if name != "loss_least_squares"]
+    values = np.concatenate([data[name].values for data in named.values() for name in drawn])
     values = values[np.isfinite(values) & (values > 0)]
     if not len(values):
         return
@@ -205,7 +216,8 @@ def _draw_cosines(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None:
     dashes = {"truth": "solid", "gradient_step": "dash", "least_squares": "dot"}
     for reference, (name, colour) in _coloured(first).items():
         if (alone and _is_mean(reference, 2)) or reference in dashes:
-            lines.append(Line(reference, name, colour, "solid" if alone else dashes[reference]))
+            dash = "solid" if alone else dashes[reference]
+            lines.append(Line(reference, name, colour, dash))
     draw(figure, 2, tables, lines)
     draw(figure, 2, {"": next(iter(tables.values()))}, [Line("null", "another W", GREY, "dash")])
     rule(figure, 2, 0)
@@ -264,8 +276,8 @@ def _known(data: xr.Dataset) -> xr.Dataset:
 
 def _told(named: Mapping[str, xr.Dataset]) -> str:
     counts = sorted({(data.attrs["sequences"], data.attrs["d"]) for data in named.values()})
-    told = "; ".join(f"{sequences} sequences, d = {d}" for sequences, d in counts)
-    return f"{next(iter(named))}: {told}" if len(named) == 1 else f"{len(named)} scans: {told}"
+    inputs = "; ".join(f"{sequences} sequences, d = {d}" for sequences, d in counts)
+    return f"{next(iter(named))}: {inputs}" if len(named) == 1 else f"{len(named)} scans: {inputs}"
 
 
 _READ = (

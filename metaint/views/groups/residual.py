@@ -43,10 +43,20 @@ _FEW_GROWTHS = 8
 def plot_residual(scans: Scans) -> go.Figure:
     """Length of the stream by layer, growth in each block beside its orthogonal counterpart, and cosines of writes.
 
-    In: a scan, its `/residual`, or a dict from names to these. Lengths are geometric means with bands that hold 5 to
-    95 % of the tokens, on a log axis: one scan has a line for each position bucket, several have one each for all
-    positions but 0. Growth is a factor; cosines with the stream are in [-1, 1]; both are means over tokens after
-    position 0, with 95 % intervals over sequences. InputError where `/residual` is missing.
+    - `scans`: a scan, its `/residual`, or a dict from names to these.
+    - Lengths are geometric means with bands that hold 5 to 95 % of the tokens, on a log axis: one scan has a line for
+      each position bucket, several have one each for all positions but 0.
+    - Growth is a factor; cosines with the stream are in [-1, 1]; both are means over tokens after position 0, with 95 %
+      intervals over sequences.
+
+    Raises InputError where `/residual` is missing.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.ResidualProbe()])
+    >>> metaint.plot_residual(scan).layout.title.text
+    'Residual stream'
     """
     named = named_groups(scans, "residual")
     split = any(there(data, f"cos_stream_{part}") for data in named.values() for part in ("attn", "mlp"))
@@ -75,21 +85,24 @@ def _draw_lengths(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None:
     tables = {name: _norm_bands(data) for name, data in named.items()}
     buckets = [str(name) for name in next(iter(tables.values())) if not str(name).endswith(("_low", "_high"))]
     colours = dict(zip(buckets, (GREY, BLUE, VERMILION, GREEN, PURPLE), strict=False))
-    lines = [Line(name, name, colours[name], "dash" if name == "position 0" else "solid") for name in buckets[:-1]]
-    draw(figure, 1, tables, lines if len(named) == 1 else [Line(buckets[-1], buckets[-1], BLUE)])
+    lines = [Line(buckets[-1], buckets[-1], BLUE)]
+    if len(named) == 1:
+        dashes = {"position 0": "dash"}
+        lines = [Line(name, name, colours[name], dashes.get(name, "solid")) for name in buckets[:-1]]
+    draw(figure, 1, tables, lines)
     log_axis(figure, 1)
 
 
 def _norm_bands(data: xr.Dataset) -> xr.Dataset:
     """Geometric mean and 5 and 95 % quantiles of the length in each bucket, and in all but position 0."""
-    found = {}
+    lengths = {}
     for bucket in data["position"].values:
         quantiles = data["norm_quantile"].sel(position=bucket, drop=True)
         key = "position 0" if bucket == "0" else f"positions {bucket.replace('-', '–')}"
-        found[key] = (data["norm_geometric"].sel(position=bucket, drop=True), quantiles)
-    found["positions 1 and later"] = later_norms(data)
+        lengths[key] = (data["norm_geometric"].sel(position=bucket, drop=True), quantiles)
+    lengths["positions 1 and later"] = later_norms(data)
     bands = {}
-    for key, (mean, quantiles) in found.items():
+    for key, (mean, quantiles) in lengths.items():
         bands[key] = mean
         bands[f"{key}_low"], bands[f"{key}_high"] = (quantiles.isel(quantile=i, drop=True) for i in (0, -1))
     return xr.Dataset(bands)

@@ -13,7 +13,7 @@ from plotly.colors import sample_colorscale
 from rich.console import Console
 
 from metaint.scans.finding import Scan, group_of, one_group
-from metaint.views.drawing.panels import GREY, MARKED, finish, panels
+from metaint.views.drawing.panels import GREY, MARKED, SHADES, finish, panels, whole_ticks
 from metaint.views.drawing.terminal import head_at, number, numbers, print_columns
 from metaint.views.groups.group_view import GroupView
 
@@ -100,6 +100,13 @@ def plot_saturation(scan: Scan) -> go.Figure:
     """Similarity of the stream with that at each scale, by layer, its null at the largest, and distance to saturated.
 
     In: a scan, or its `/saturation`; InputError without it.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.SaturationProbe()])
+    >>> metaint.plot_saturation(scan).layout.title.text
+    'Saturation by layer'
     """
     name, data = one_group(scan, "saturation")
     heads = "total_variation" in data
@@ -109,11 +116,11 @@ def plot_saturation(scan: Scan) -> go.Figure:
     mode = "lines+markers" if len(layers) <= MARKED else "lines"
     for scale, colour in zip(scales, colours, strict=True):
         at = data.sel(scale=scale)
-        told: dict[str, Any] = {"legendgroup": f"{scale:g}", "line": {"color": colour}, "name": f"scale {scale:g}"}
-        figure.add_trace(go.Scatter(x=layers, y=at["similarity"], mode=mode, **told), row=1, col=1)
+        look: dict[str, Any] = {"legendgroup": f"{scale:g}", "line": {"color": colour}, "name": f"scale {scale:g}"}
+        figure.add_trace(go.Scatter(x=layers, y=at["similarity"], mode=mode, **look), row=1, col=1)
         if heads:
             mean = at["total_variation"].mean("head")
-            figure.add_trace(go.Scatter(x=layers, y=mean, mode=mode, showlegend=False, **told), row=2, col=1)
+            figure.add_trace(go.Scatter(x=layers, y=mean, mode=mode, showlegend=False, **look), row=2, col=1)
     null = {"color": GREY, "dash": "dash"}
     values = data["similarity_null"].isel(scale=-1)
     figure.add_trace(
@@ -138,12 +145,12 @@ def plot_head_saturation(scan: Scan) -> go.Figure:
     figure = panels(["layer"], [max(0.7, 0.045 * data.sizes["layer"])])
     names = [[f"{i}.{j}" for j in data["head"].values] for i in data["layer"].values]
     grid = go.Heatmap(
-        z=values, x=data["head"], y=data["layer"], zmin=0, zmax=1, colorscale="Viridis", reversescale=True,
+        z=values, x=data["head"], y=data["layer"], zmin=0, zmax=1, colorscale=SHADES,
         customdata=names, hovertemplate="head %{customdata}: %{z:.3f}<extra></extra>",
         colorbar={"title": "distance", "len": 1, "thickness": 14},
     )  # fmt: skip
     figure.add_trace(grid)
-    steps = {dim: next(step for step in (1, 2, 5, 10, 20) if data.sizes[dim] <= 20 * step) for dim in ("layer", "head")}
+    steps = {dim: whole_ticks(data.sizes[dim], 20) for dim in ("layer", "head")}
     figure.update_yaxes(autorange="reversed", tick0=0, dtick=steps["layer"])
     figure.update_xaxes(tick0=0, dtick=steps["head"])
     caption = (

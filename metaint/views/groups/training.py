@@ -35,11 +35,26 @@ _LAYERS = 4
 def plot_training(recordings: Scans) -> go.Figure:
     """Everything recorded over training: scalars, labelled heads, norm of the parameters, saturation; a panel for each.
 
-    In: a recording (`metaint.read_recording`), its `/training`, or a dict from names to these. Panels, as far as they
-    are there: losses, accuracies and other scalars of `/training`; how many heads hold each label
-    (`metaint.label_heads`); length of the parameters without embeddings, with its best trend; similarity with the
-    model of saturated attention, at four layers at most. Recordings of the birth lab get the figure of its memories.
-    InputError where there is nothing of it.
+    - `recordings`: a recording (`metaint.load`), its `/training`, or a dict from names to these. Recordings of the
+      birth lab get the figure of its memories.
+
+    Panels, as far as they are there:
+
+    - losses, accuracies and other scalars of `/training`;
+    - how many heads hold each label (`metaint.label_heads`);
+    - length of the parameters without embeddings, with its best trend;
+    - similarity with the model of saturated attention, at four layers at most.
+
+    Raises InputError where there is nothing of it.
+
+    >>> import metaint, tempfile
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=1, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=64)
+    >>> path = tempfile.mkdtemp() + "/run.zarr"
+    >>> recorder = metaint.Recorder(model, [metaint.WeightProbe()], every=1, path=path)
+    >>> scans = [recorder(step, loss=3 - step) for step in (0, 1)]
+    >>> metaint.plot_training(metaint.load(path)).layout.title.subtitle.text.endswith("1 steps")
+    True
     """
     trees = recordings_of(recordings)
     if all(is_birth(tree) for tree in trees.values()):

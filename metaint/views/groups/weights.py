@@ -15,12 +15,25 @@ from plotly.subplots import make_subplots
 from rich.console import Console
 
 from metaint.scans.finding import Scan, group_of, one_group
-from metaint.views.drawing.panels import BLUE, COLOURS, GREEN, GREY, MARKED, VERMILION, finish, short_name, there
+from metaint.views.drawing.panels import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    MARKED,
+    VERMILION,
+    finish,
+    short_name,
+    there,
+    whole_ticks,
+)
 from metaint.views.drawing.terminal import head_at, number, numbers, print_columns
 from metaint.views.groups.group_view import GroupView
 
-# Pairs of heads in the table, and in the figure.
-_TOP, _DRAWN = 8, 20
+# Pairs of heads in the table.
+_TOP = 8
+# Pairs of heads in the figure.
+_DRAWN = 20
 _PRODUCTS = {"qk_norm": "W_Q W_K^T", "ov_norm": "W_V W_O"}
 _KINDS = {"Q": "q_composition", "K": "k_composition", "V": "v_composition"}
 _COPYING = {"full_ov_copying": "full OV copying", "ov_copying": "OV copying"}
@@ -102,8 +115,8 @@ def _known(data: xr.Dataset) -> dict[str, str]:
 
 def _strongest(data: xr.Dataset, count: int) -> list[_Pair]:
     """The pairs with the largest z over all kinds of composition, those without one left out."""
-    found = [pair for kind in _known(data) for pair in _of_kind(data, kind, count)]
-    return sorted(found, key=lambda pair: -pair.z)[:count]
+    pairs = [pair for kind in _known(data) for pair in _of_kind(data, kind, count)]
+    return sorted(pairs, key=lambda pair: -pair.z)[:count]
 
 
 def _of_kind(data: xr.Dataset, kind: str, count: int) -> list[_Pair]:
@@ -123,6 +136,13 @@ def plot_weights(scan: Scan) -> go.Figure:
 
     In: a scan, or its `/weights`. Copying is of the full circuit through the vocabulary where that is known, else of
     W_V W_O; it and the pairs are left out where they are not known. InputError where a scan has no `/weights`.
+
+    >>> import metaint, torch
+    >>> from metaint.toys.small import small_transformer
+    >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
+    >>> scan = metaint.scan(model, torch.arange(10).repeat(2, 2), [metaint.WeightProbe()])
+    >>> metaint.plot_weights(scan).layout.title.text
+    'Weights of layers and heads'
     """
     model, data = one_group(scan, "weights")
     copying = next((name for name in _COPYING if there(data, name)), None)
@@ -135,16 +155,16 @@ def plot_weights(scan: Scan) -> go.Figure:
         horizontal_spacing=0.11, vertical_spacing=gap / (sum(heights) + gap),
     )  # fmt: skip
     figure.update_layout(height=sum(heights) + gap * (len(heights) - 1))
-    _draw_norms(figure, data, 2 if copying else 1)
+    _draw_norms(figure, data, 1 + bool(copying))
     if copying:
         _draw_copying(figure, data, copying)
     if pairs:
-        _draw_pairs(figure, data, pairs, "legend3" if copying else "legend2")
+        _draw_pairs(figure, data, pairs, f"legend{2 + bool(copying)}")
     finish(figure, "Weights of layers and heads", {"": data}, _caption(data, copying, pairs), "")
     parameters = data.attrs.get("parameters")
-    told = escape(short_name(model), quote=False)
-    told += f": {parameters:,} parameters" if parameters else ""
-    figure.update_layout(title_subtitle_text=told, hovermode="closest")
+    subtitle = escape(short_name(model), quote=False)
+    subtitle += f": {parameters:,} parameters" if parameters else ""
+    figure.update_layout(title_subtitle_text=subtitle, hovermode="closest")
     return figure
 
 
@@ -189,7 +209,7 @@ def _draw_copying(figure: go.Figure, data: xr.Dataset, name: str) -> None:
 
 def _along_layers(figure: go.Figure, data: xr.Dataset, row: int, col: int) -> None:
     n_layers = data.sizes["layer"]
-    step = next(step for step in (1, 2, 5, 10, 20, 50) if n_layers <= 14 * step)
+    step = whole_ticks(n_layers, 14)
     figure.update_xaxes(title_text="layer", tick0=0, dtick=step, range=[-0.6, n_layers - 0.4], row=row, col=col)
 
 
@@ -204,8 +224,10 @@ def _draw_pairs(figure: go.Figure, data: xr.Dataset, pairs: list[_Pair], legend:
         chosen = [pairs[i] for i in rows]
         common: dict[str, Any] = {"x": [pair.z for pair in chosen], "y": rows, "legendgroup": kind}
         stems = go.Bar(orientation="h", width=width, marker_color=colour, hoverinfo="skip", showlegend=False, **common)
-        told = [f"{kind} {pair.writes} → {pair.reads}: z {pair.z:.1f}<br>score {number(pair.score)}" for pair in chosen]
-        dots = go.Scatter(mode="markers", name=f"{kind} composition", legend=legend, customdata=told, **common)
+        texts = [
+            f"{kind} {pair.writes} → {pair.reads}: z {pair.z:.1f}<br>score {number(pair.score)}" for pair in chosen
+        ]
+        dots = go.Scatter(mode="markers", name=f"{kind} composition", legend=legend, customdata=texts, **common)
         dots.update(marker={"color": colour, "symbol": symbol, "size": 9})
         dots.update(hovertemplate="%{customdata}<extra></extra>")
         for trace in (stems, dots):
@@ -227,22 +249,22 @@ def _median(data: xr.Dataset) -> float:
 
 def _caption(data: xr.Dataset, copying: str | None, pairs: list[_Pair]) -> str:
     norms = "length of all parameters of a part of a layer, raw, gains and biases included. "
-    told = f"How to read: {norms}"
+    caption = f"How to read: {norms}"
     if copying:
         circuit = "W_E W_V W_O W_U" if copying == "full_ov_copying" else "W_V W_O"
-        told = (
+        caption = (
             f"How to read: left, a dot for each head: of the eigenvalues of {circuit}, the sum of the real parts over "
             "that of the magnitudes; 1 copies, -1 suppresses, and random heads of these sizes lie in the grey band "
             f"(two deviations). Right, {norms}"
         )
     if pairs:
-        told += (
+        caption += (
             f"Below, the {len(pairs)} pairs of heads with the largest z: how far what the second reads for its queries "
             "(Q), keys (K) or values (V) is what the first writes, in deviations above heads turned at random. "
         )
     elif "composition" in data.attrs:
-        told += f"Composition of pairs of heads is {data.attrs['composition']}. "
-    return told + (
+        caption += f"Composition of pairs of heads is {data.attrs['composition']}. "
+    return caption + (
         "It misleads where read as use: weights tell what heads can do, without norms, MLPs and rotations, and heads "
         "of a trained model share directions, so that a large z need not mean that a pair is used; norms grow with "
         "the number of parameters."
