@@ -43,6 +43,14 @@ def kind(function: Callable[[Context], Tensor | Pairs]) -> Measure:
     Or its indices, as of `mask.nonzero(as_tuple=True)`, where there is a shorter way to them. The score of a query
     is its weight on those keys, and the kind is defined for the queries with at least one. Keys that a query can't
     see, and queries at position 0 or in padding, are dropped for you.
+
+    >>> import metaint
+    >>> @metaint.kind
+    ... def second_token(context):
+    ...     "The token at position 1."
+    ...     return (context.rank == 1)[:, None].expand_as(context.visible)
+    >>> metaint.HeadProbe([second_token, "induction"]).measures[0].form
+    'kind'
     """
     return _measure("kind", function)
 
@@ -51,6 +59,14 @@ def statistic(function: Callable[[Tile], Tensor]) -> Measure:
     """Make a statistic from a function of a tile that returns values `[batch, head, query]`.
 
     Not a number means that the statistic is not defined for that query.
+
+    >>> import metaint
+    >>> @metaint.statistic
+    ... def runner_up(tile):
+    ...     "The second largest weight of the row."
+    ...     return tile.pattern.topk(2, dim=-1).values[..., 1]
+    >>> runner_up.name, runner_up.form
+    ('runner_up', 'statistic')
     """
     return _measure("statistic", function)
 

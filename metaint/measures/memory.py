@@ -21,7 +21,14 @@ _CHUNK = 2**21
 
 
 class Recall(NamedTuple):
-    """What a memory recalls, for each of its inputs."""
+    """What a memory recalls, for each of its inputs.
+
+    >>> import torch
+    >>> from metaint import Recall
+    >>> recall = Recall(rank=torch.tensor([0, 3, 0, 1]), chance=0.1)
+    >>> recall.share(), recall.share(top=2)
+    (0.5, 0.75)
+    """
 
     rank: Int[Tensor, " query"]
     """How many candidates score higher than the right one, or as high and come before it: 0 is a recall."""

@@ -30,6 +30,13 @@ def fresh_model(model: Any, seed: int = 0) -> Any:
     The weights depend on `seed` alone, whatever the device. The given model and the global random state stay as they
     were. Raises ModelError for a model that is quantised, spread over devices or without weights, or of a kind that
     can't be made anew.
+
+    >>> import metaint
+    >>> from metaint.toys.embedded import boot_toy
+    >>> sizes = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4, "n_ctx": 16, "d_vocab": 20}
+    >>> fresh = metaint.fresh_model(boot_toy(sizes), seed=1)
+    >>> fresh.cfg.n_heads, fresh.training
+    (2, False)
     """
     fresh = _drawn(model, seed)
     if getattr(model, "compatibility_mode", False):

@@ -28,6 +28,14 @@ class HeadProbe(Probe):
     attention sums to on the same tokens; mean and variance of the shuffled null. About 40 kB a sequence at
     12 x 12 heads. One sequence fed in several passes (generation with a key-value cache) stays one sequence; without
     a cache each pass reads its rows again.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model = small_transformer(norm="pre", **sizes)
+    >>> scan = metaint.scan(model, probes=[metaint.HeadProbe(["induction", "entropy"])])
+    >>> scan["heads"]["induction"].dims, scan["heads"]["entropy"].shape
+    (('layer', 'head'), (2, 2))
     """
 
     group = "heads"

@@ -47,6 +47,14 @@ class InnerProbe(Probe):
     Costs four products of [positions, d_model] with the unembedding for each layer, in blocks of at most 64 MB that
     hold all layers. State: sums for each sequence and layer, and norm, loss and learning rates
     of each sampled token, about 30 kB a sequence at 12 layers and 64 positions.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model = small_transformer(norm="pre", **sizes)
+    >>> scan = metaint.scan(model, probes=[metaint.InnerProbe(positions=8)])
+    >>> scan["inner"]["loss"].shape, scan["inner"]["step_gradient_cosine"].dims
+    ((3,), ('block',))
     """
 
     group = "inner"

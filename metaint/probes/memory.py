@@ -50,6 +50,14 @@ class MemoryProbe(Probe):
 
     Raises InputError for tokens out of range, and for a `bigram` of another vocabulary or without a W_F to read. State:
     twelve numbers a head and three a pair of heads, in float64, and six sums.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model = small_transformer(norm="pre", **sizes)
+    >>> scan = metaint.scan(model, probes=[metaint.MemoryProbe()])
+    >>> scan["memory"]["ov_recall"].dims
+    ('layer', 'head')
     """
 
     group = "memory"

@@ -25,6 +25,29 @@ class Probe(Metric):
     A subclass names its `group` in a scan and the `audits` it relies on, says where it reads, and turns its state
     into a labelled dataset. Adding, merging, resetting and moving state are `torchmetrics.Metric`'s own. What a probe
     reads without a pass it reads in `read_weights`, which `metaint.scan` and `metaint.attach` call before the passes.
+
+    >>> import torch
+    >>> import xarray
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> class LargestProbe(metaint.Probe):
+    ...     "The largest absolute value that attention writes anywhere."
+    ...     group = "largest"
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.add_state("largest", torch.tensor(0.0), dist_reduce_fx="max")
+    ...     def hook_names(self, shape):
+    ...         return [f"blocks.{layer}.hook_attn_out" for layer in range(shape.n_layers)]
+    ...     def update(self, name, activation, watch):
+    ...         self.largest = torch.maximum(self.largest, activation.abs().max())
+    ...     def compute(self):
+    ...         return self.largest
+    ...     def to_dataset(self):
+    ...         return xarray.Dataset({"largest": float(self.compute())})
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> scan = metaint.scan(small_transformer(norm="pre", **sizes), probes=[LargestProbe()])
+    >>> bool(scan["largest"]["largest"] > 0)
+    True
     """
 
     full_state_update = False

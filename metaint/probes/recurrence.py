@@ -50,6 +50,17 @@ class RecurrenceProbe(Probe):
     The null of a cosine is its mean over all pairs of different sequences: the model's matrix beside the reference of
     another context. State: for each sequence some 25 numbers a position, one row of the stream a layer, its context
     and W. Merge probes with the same descents.
+
+    >>> import metaint
+    >>> from metaint.probes.descents import tuned_descents
+    >>> from metaint.toys.linear_attention import gradient_step
+    >>> vectors, matrices = metaint.tasks.autoregressive("haar", d=3, length=7, batch=12)
+    >>> model, probe = gradient_step(3, 0.15), metaint.RecurrenceProbe(tuned_descents(vectors, (1,)))
+    >>> with metaint.attach(model, probe):
+    ...     predicted = model(vectors[:, :-1])
+    >>> probe.read_predictions(vectors, matrices, predicted)
+    >>> probe.to_scan()["recurrence"]["loss"].dims
+    ('position',)
     """
 
     group = "recurrence"

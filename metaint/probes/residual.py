@@ -65,6 +65,14 @@ class ResidualProbe(Probe):
 
     State: for each sequence, layer and position bucket the sums of every mean, its `top` largest magnitudes; a
     histogram of norms; second moments of the sampled stream through a fixed projection to 128 dimensions.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model = small_transformer(norm="pre", **sizes)
+    >>> scan = metaint.scan(model, probes=[metaint.ResidualProbe()])
+    >>> scan["residual"]["norm_mean"].dims, scan["residual"].sizes["layer"]
+    (('layer', 'position'), 3)
     """
 
     group = "residual"

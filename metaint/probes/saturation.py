@@ -50,6 +50,14 @@ class SaturationProbe(Probe):
 
     Raises InputError for passes that are not stacked or continue a cache, HookAuditError for a model whose attention
     can't be changed at `hook_z`, ActivationError for NaN or infinity.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model = small_transformer(norm="pre", **sizes)
+    >>> scan = metaint.scan(model, probes=[metaint.SaturationProbe([1, 4])])
+    >>> scan["saturation"]["total_variation"].dims
+    ('scale', 'layer', 'head')
     """
 
     group = "saturation"

@@ -59,6 +59,14 @@ class WeightProbe(Probe):
     Raises InputError for folded and for quantised weights, and with `compare` for a model with other parameters than
     the one before. State: four sums a part of a layer and eight numbers a head in float64, six a pair of heads in
     float32.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model = small_transformer(norm="pre", **sizes)
+    >>> scan = metaint.scan(model, probes=[metaint.WeightProbe()])
+    >>> scan["weights"]["parameter_norm"].dims
+    ('layer', 'part')
     """
 
     group = "weights"
