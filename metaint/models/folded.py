@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaint.measures.inner import Norm
-from metaint.models.heads import repeat_heads, thin_heads
-from metaint.models.invariants import INTO_HEADS, OUT_OF_HEADS, Pair, Trial, bias_of
+from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
+from metaint.models.invariants import Pair, Trial, bias_of
 from metaint.models.reading import Unavailable, random_tokens, read, tolerance, untouched, widen
 from metaint.models.readout import norm_of
 

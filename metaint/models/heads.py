@@ -11,6 +11,10 @@ from torch import Tensor
 from metaint.errors import InputError
 from metaint.models.describe import check_open
 
+# What a projection does to the stream, head by head, and back.
+INTO_HEADS = "batch position d_model, head d_model d_head -> batch position head d_head"
+OUT_OF_HEADS = "batch position head d_head, head d_head d_model -> batch position d_model"
+
 
 def head_name(layer: int, head: int) -> str:
     """How a head is called, everywhere: "5.1"."""

@@ -15,13 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaint.models.describe import is_causal
-from metaint.models.heads import repeat_heads, thin_heads
+from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
 from metaint.models.reading import Reading, Unavailable, widen
 from metaint.models.readout import final_norm_of, readout_of, setting
-
-# What a projection does to the stream, head by head, and back.
-INTO_HEADS = "batch position d_model, head d_model d_head -> batch position head d_head"
-OUT_OF_HEADS = "batch position head d_head, head d_head d_model -> batch position d_model"
 
 
 class Pair(NamedTuple):
