@@ -56,7 +56,8 @@ from .scanning.scan import (
 from .scans.labels import THRESHOLDS as THRESHOLDS, label_heads as label_heads, telling_heads as telling_heads
 from .scans.recordings import read_recording as read_recording
 from .scans.store import load as load, save as save
-from .views.attention.patterns import show_attention as show_attention, show_tokens as show_tokens
+from .views.attention.patterns import show_attention as show_attention
+from .views.attention.tokens import show_tokens as show_tokens
 from .views.circuit.ablation import plot_ablation as plot_ablation
 from .views.circuit.check import plot_check as plot_check
 from .views.circuit.graph import show_circuit as show_circuit

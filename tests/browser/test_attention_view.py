@@ -8,7 +8,8 @@ import torch
 
 from metaint.views.attention import canvas, patterns as attention
 from metaint.views.attention.canvas import attention_canvas, canvas_script
-from metaint.views.attention.patterns import show_attention, show_tokens
+from metaint.views.attention.patterns import show_attention
+from metaint.views.attention.tokens import show_tokens
 from metaint.views.drawing.view import View
 from tests.views.attention.test_canvas import HOSTILE, patterns
 

@@ -5,7 +5,8 @@ import pytest
 CELLS = """import metaint, plotly, torch
 plotly.io.renderers.default = "notebook"  # or the exporter, which draws no figures itself, leaves them out
 from metaint.toys.embedded import boot_toy
-from metaint.views.attention.patterns import show_attention, show_tokens
+from metaint.views.attention.patterns import show_attention
+from metaint.views.attention.tokens import show_tokens
 from metaint.views.groups.heads import plot_heads
 shape = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "n_ctx": 32, "d_vocab": 20}
 model = boot_toy(shape, device="cpu")

@@ -1,6 +1,6 @@
-"""Attention patterns and values of tokens as HTML that needs no network: in a notebook, in a report, or in a file.
+"""Attention patterns as HTML that needs no network: in a notebook, in a report, or in a file.
 
-In: a model and a sequence, or tokens and their values. Out: a `View`. Small sets of patterns are drawn by circuitsvis,
+In: a model and a sequence. Out: a `View`. Small sets of patterns are drawn by circuitsvis,
 whose own script is taken from its package; large ones by `canvas.py`. All text of tokens is escaped.
 """
 
@@ -27,14 +27,14 @@ from metaint.models.heads import head_of
 from metaint.models.reading import steady, tolerance, widen
 from metaint.models.tokens import check_tokens, encoded
 from metaint.views.attention.canvas import MOST_CELLS, attention_canvas, canvas_script
+from metaint.views.attention.tokens import HIGH, rgb, token_labels
 from metaint.views.drawing.view import View
 
 # circuitsvis 1.43.3 draws 10,000 cells a second, and gives every head a canvas of 1000 x 1000 pixels.
-_CIRCUITSVIS_CELLS, _CIRCUITSVIS_HEADS, _CIRCUITSVIS_BYTES = 2**14, 16, 5e6
+_CIRCUITSVIS_CELLS = 2**14
+_CIRCUITSVIS_HEADS = 16
+_CIRCUITSVIS_BYTES = 5e6
 _SOURCE = "The weights that the model attends with, read at TransformerLens's hook_pattern."
-_SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
-# Ends and middle of the colours of values, which colour-blind readers can tell apart (vermilion, white, blue).
-_LOW, _MIDDLE, _HIGH = np.array([[213, 94, 0], [255, 255, 255], [0, 114, 178]])
 
 
 def show_attention(
@@ -92,96 +92,6 @@ def show_attention(
     if start:  # it counts from 0
         labels = [f"{position}: {label}" for position, label in enumerate(labels, start)]
     return _circuitsvis(patterns, names, labels, is_causal(model))
-
-
-def show_tokens(
-    tokens: Sequence[str] | Int[Tensor, "*position"] | str,
-    values: Float[Tensor, " position"] | Float[np.ndarray, " position"] | Sequence[float],
-    *,
-    model: Any = None,
-) -> View:
-    """Tokens coloured by their values: white at 0, blue above, vermilion below; the value is shown under the pointer.
-
-    - `tokens`: texts, written as they are, or ids or a text of the `model`'s tokenizer.
-    - `values`: one for each; NaN (such as the loss of the first token) stays grey.
-
-    Raises InputError for infinite values, or none to show.
-
-    >>> import metaint
-    >>> "the" in metaint.show_tokens(["the", "cat"], [0.5, -1.0]).body
-    True
-    """
-    labels = _labels(tokens, model)
-    numbers = np.array(torch.as_tensor(values).detach().cpu().double().flatten())
-    if len(numbers) != len(labels):
-        raise InputError(f"values has {len(numbers)} entries, and there are {len(labels)} tokens: give one for each.")
-    known = numbers[~np.isnan(numbers)]
-    if not len(known) or np.isinf(known).any():
-        raise InputError(f"values holds {'infinity' if len(known) else 'no number'}: there is no colour for it.")
-    most = float(np.abs(known).max()) or 1.0
-    spans = [_span(label, float(x), most, i) for i, (label, x) in enumerate(zip(labels, numbers, strict=True))]
-    colours = [_LOW, _MIDDLE, _HIGH] if known.min() < 0 else [_MIDDLE, _HIGH]
-    stripe = ", ".join(_rgb(colour) for colour in colours)
-    low = f"{-most:.4g}" if known.min() < 0 else "0"
-    return View(
-        '<div class="metaint-tokens" style="font: 14px/1.9 ui-monospace, monospace; max-width: 900px; margin: 12px 0; '
-        f'text-align: left; overflow-wrap: anywhere">{"".join(spans)}'
-        f'<div style="font: 12px/2 system-ui, sans-serif">{low} <span style="display: inline-block; width: 160px; '
-        f'height: 10px; background: linear-gradient(to right, {stripe})"></span> {most:.4g}</div></div>'
-    )
-
-
-def token_labels(model: Any, ids: Sequence[int]) -> list[str]:
-    """What is written for token ids: as the model's tokenizer writes them, spaces and line ends as signs, else ids."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        return [str(i) for i in ids]
-    return [visible(_written(tokenizer, i)) or str(i) for i in ids]
-
-
-def visible(text: str) -> str:
-    """Text in which nothing hides: spaces, line ends and tabs as signs, what can't be printed by its number."""
-    return "".join(_SIGNS.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
-
-
-def _written(tokenizer: Any, i: int) -> str:
-    text, piece = tokenizer.decode([i]), tokenizer.convert_ids_to_tokens(i) or ""
-    if "\ufffd" in text:  # a part of a letter
-        return piece
-    # Tokenizers of the SentencePiece kind drop a first space.
-    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
-
-
-def _labels(tokens: Any, model: Any) -> list[str]:
-    if isinstance(tokens, str | Tensor):
-        if getattr(model, "tokenizer", None) is None:
-            what = "a text" if isinstance(tokens, str) else "ids"
-            raise InputError(f"tokens is {what}, and there is no tokenizer: pass model, or the tokens as strings.")
-        tokens = encoded(model, tokens)
-        if tokens.ndim > 1 and len(tokens) > 1:
-            raise InputError(f"tokens holds {len(tokens)} sequences: show one, such as tokens[0].")
-        labels = token_labels(model, tokens.flatten().tolist())
-    else:
-        labels = [visible(str(token)) for token in tokens]
-    if not labels:
-        raise InputError("tokens is empty: there is nothing to show.")
-    return labels
-
-
-def _span(label: str, value: float, most: float, position: int) -> str:
-    end = _HIGH if value >= 0 else _LOW
-    colour = np.full(3, 200) if math.isnan(value) else _MIDDLE + (end - _MIDDLE) * abs(value) / most
-    # Black or white, whichever has more contrast (WCAG 2's relative luminance, its curve taken for a power).
-    ink = "#000" if (colour / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722] > 0.18 else "#fff"
-    told = f"position {position}: {'no value' if math.isnan(value) else f'{value:.4g}'}"
-    return (
-        f'<span title="{told}" style="background: {_rgb(colour)}; color: {ink}; padding: 2px 0; '
-        f'border-right: 1px solid #8886">{escape(label)}</span>{"<br>" * label.endswith("↵")}<wbr>'
-    )
-
-
-def _rgb(colour: np.ndarray) -> str:
-    return f"rgb({', '.join(str(round(float(part))) for part in colour)})"
 
 
 def _head_names(model: Any, heads: Sequence[str] | str | None) -> list[str]:
@@ -247,7 +157,7 @@ def _circuitsvis(
         "attentionHeadNames": heads,
         "maxValue": max(0.001, round(float(patterns.max()), 3)),
         "maskUpperTri": causal,
-        "positiveColor": _rgb(_HIGH),
+        "positiveColor": rgb(HIGH),
     }
     text = escape(json.dumps(props, separators=(",", ":"), ensure_ascii=False))
     if len(text) > _CIRCUITSVIS_BYTES:

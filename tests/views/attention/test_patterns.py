@@ -14,7 +14,8 @@ from metaint.errors import ActivationError, HookAuditError, InputError, StoreErr
 from metaint.models.describe import is_causal
 from metaint.models.reading import read
 from metaint.views.attention import patterns as attention
-from metaint.views.attention.patterns import show_attention, show_tokens, token_labels, visible
+from metaint.views.attention.patterns import show_attention
+from metaint.views.attention.tokens import show_tokens, token_labels, visible
 from metaint.views.drawing.view import POLICY, View
 from tests.builders import N_HEADS, N_LAYERS, build
 from tests.views.attention.test_canvas import HOSTILE, Elements, decoded, view_of
