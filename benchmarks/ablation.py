@@ -68,7 +68,7 @@ def by_sequence(model: Any, tokens: torch.Tensor, names: list[tuple[int, int]]) 
         losses = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         return (losses.view_as(known) * known).sum(1) / known.sum(1)
 
-    clean, found = measured(model(tokens)), []
+    clean, results = measured(model(tokens)), []
     for layer, head in names:
 
         def zero(z: torch.Tensor, hook: Any, head: int = head) -> torch.Tensor:
@@ -77,8 +77,8 @@ def by_sequence(model: Any, tokens: torch.Tensor, names: list[tuple[int, int]]) 
             return z
 
         logits = model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", zero)])
-        found.append(measured(logits) - clean)
-    return torch.stack(found)
+        results.append(measured(logits) - clean)
+    return torch.stack(results)
 
 
 def compare(name: str, options: argparse.Namespace) -> None:
@@ -101,14 +101,14 @@ def compare(name: str, options: argparse.Namespace) -> None:
         runs["loop in batches"] = lambda: loop(model, tokens, names, batch)
     metaint.ablate(model, tokens[:2], chosen and chosen[:1])  # the audit's passes, made once a model
     times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in runs}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for _ in range(options.rounds):
         for kind, run in runs.items():
             start = time.perf_counter(), time.process_time()
-            found[kind] = run()
+            results[kind] = run()
             times[kind].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    ours = torch.tensor([found["ablate"][place] for place in names])
-    difference = max(float((ours - other).abs().max()) for kind, other in found.items() if kind != "ablate")
+    ours = torch.tensor([results["ablate"][place] for place in names])
+    difference = max(float((ours - other).abs().max()) for kind, other in results.items() if kind != "ablate")
     print(
         f"{name}: {len(names)} heads, {sequences} x {2 * block} tokens; effects differ by at most {difference:.0e} nats"
     )

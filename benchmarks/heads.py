@@ -50,9 +50,9 @@ def variants(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
         return model(tokens, return_type=None)
 
     def probe() -> Any:
-        with metaint.attach(model, metaint.HeadProbe()) as found:
+        with metaint.attach(model, metaint.HeadProbe()) as probe:
             forward()
-        return found
+        return probe
 
     def cache() -> Any:
         return model.run_with_cache(tokens, return_type=None)

@@ -50,7 +50,7 @@ def naive(model: Any, tokens: torch.Tensor, positions: int | None) -> list[torch
     gain, bias = (p.detach() for p in model.ln_final.parameters())
     weight = model.W_U.detach()
     final = (layer_norm(points[-1][0, rows], gain.shape, gain, bias, 1e-5) @ weight).log_softmax(-1)
-    found = []
+    results = []
     for point in points:
         z = point[0, rows].detach().requires_grad_()
         with torch.enable_grad():
@@ -64,8 +64,8 @@ def naive(model: Any, tokens: torch.Tensor, positions: int | None) -> list[torch
         entropy = -(log_p.exp() * log_p).sum(-1)
         rank = (logits > logits.gather(1, targets[:, None])).sum(-1)
         divergence = kl_div(log_p, final, reduction="none", log_target=True).sum(-1)
-        found += [loss.detach(), gradient, gradient_other, entropy, rank, divergence]
-    return found
+        results += [loss.detach(), gradient, gradient_other, entropy, rank, divergence]
+    return results
 
 
 def compare(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -116,10 +116,10 @@ def report_memory(options: argparse.Namespace) -> None:
             command = [sys.executable, __file__, "--peak", str(count), "--length", str(options.length)]
             command += ["--vocabularies", str(vocabulary)]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=surroundings)
-            found = float(done.stdout.splitlines()[-1])
-            base = found if base is None else base
+            peak = float(done.stdout.splitlines()[-1])
+            base = peak if base is None else base
             what = f"InnerProbe, {count} positions" if count else "forward"
-            print(f"vocabulary of {vocabulary:6}: {what:26} peak {found:7.0f} MiB, {found - base:5.0f} above forward")
+            print(f"vocabulary of {vocabulary:6}: {what:26} peak {peak:7.0f} MiB, {peak - base:5.0f} above forward")
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def separate(model: Any, tokens: torch.Tensor, kappas: tuple[float, ...]) -> lis
 
     names = ("hook_resid_post", "hook_pattern", "hook_z", "hook_v")
     _, plain = model.run_with_cache(tokens, return_type=None, names_filter=lambda name: name.endswith(names))
-    found = []
+    results = []
     for kappa in kappas:
         held: dict[str, torch.Tensor] = {}
 
@@ -67,10 +67,10 @@ def separate(model: Any, tokens: torch.Tensor, kappas: tuple[float, ...]) -> lis
             )
         for layer in range(model.cfg.n_layers):
             name = f"blocks.{layer}.hook_resid_post"
-            found.append(torch.cosine_similarity(plain[name], cache[name], dim=-1).mean())
+            results.append(torch.cosine_similarity(plain[name], cache[name], dim=-1).mean())
             pattern = plain[f"blocks.{layer}.attn.hook_pattern"]
-            found.append((sharpened(pattern, kappa) - sharpened(pattern, float("inf"))).abs().sum(-1).mean())
-    return found
+            results.append((sharpened(pattern, kappa) - sharpened(pattern, float("inf"))).abs().sum(-1).mean())
+    return results
 
 
 def copied(model: Any, tokens: torch.Tensor, scales: tuple[float, ...]) -> list[torch.Tensor]:
@@ -82,13 +82,13 @@ def copied(model: Any, tokens: torch.Tensor, scales: tuple[float, ...]) -> list[
 
     from metaint.models.parameters import own_parameters
 
-    plain, found = streams(model), []
+    plain, results = streams(model), []
     for scale in scales:
         other = copy.deepcopy(model)
         for parameter in own_parameters(other).values():
             parameter.mul_(scale)
-        found += [torch.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(plain, streams(other), strict=True)]
-    return found
+        results += [torch.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(plain, streams(other), strict=True)]
+    return results
 
 
 def variants(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:

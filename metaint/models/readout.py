@@ -62,5 +62,5 @@ def setting(model: Any, name: str) -> Any:
 
 
 def _parameter(module: Any, names: list[str], ends: tuple[str, ...]) -> Tensor | None:
-    found = [name for name in names if name.rsplit(".", 1)[-1] in ends]
-    return module.get_parameter(found[0]).detach() if found else None
+    matching = [name for name in names if name.rsplit(".", 1)[-1] in ends]
+    return module.get_parameter(matching[0]).detach() if matching else None

@@ -116,10 +116,11 @@ def plane_rotations(
     planes = torch.arange(width // 2)
     angles = torch.arange(positions)[:, None] * base ** (-2 * planes.double() / width)
     first, second = (2 * planes, 2 * planes + 1) if adjacent else (planes, planes + width // 2)
-    found = torch.eye(d_head, dtype=torch.float64).repeat(positions, 1, 1)
-    found[:, first, first], found[:, second, second] = angles.cos(), angles.cos()
-    found[:, first, second], found[:, second, first] = angles.sin(), -angles.sin()
-    return found
+    turns = torch.eye(d_head, dtype=torch.float64).repeat(positions, 1, 1)
+    turns[:, first, first] = turns[:, second, second] = angles.cos()
+    turns[:, first, second] = angles.sin()
+    turns[:, second, first] = -angles.sin()
+    return turns
 
 
 def _fits(before: Tensor, matrices: Tensor, after: Tensor) -> bool:

@@ -51,13 +51,13 @@ def _translators(lens: Any) -> list[Any]:
     """One translator for each layer the lens has."""
     if isinstance(lens, (str, Path)):
         lens = _read(Path(lens).expanduser())
-    found = getattr(lens, "layer_translators", lens)
-    if isinstance(found, (Tensor, dict)) or not isinstance(found, Iterable):
+    layers = getattr(lens, "layer_translators", lens)
+    if isinstance(layers, (Tensor, dict)) or not isinstance(layers, Iterable):
         raise InputError(
             f"lens is a {type(lens).__name__}: give a TunedLens, a folder it was saved to, or for each layer an "
             f"nn.Linear or a pair (matrix, bias)."
         )
-    return list(found)
+    return list(layers)
 
 
 @torch.no_grad()
