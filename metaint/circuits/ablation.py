@@ -20,6 +20,7 @@ from metaint.circuits.scan_metrics import ScanMetric
 from metaint.circuits.subject import subject_of
 from metaint.models.audit import require
 from metaint.models.describe import Shape
+from metaint.models.protocol import Model
 
 # A mean and the interval around it.
 _ENDS = ("", "_low", "_high")
@@ -32,7 +33,7 @@ _VARIABLES = {
 
 
 def ablate(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch position"] | str | None = None,
     parts: Sequence[str] | str | None = None,
     how: str = "zero",

@@ -8,7 +8,7 @@ In: a model, tokens and heads. Out: faithfulness, completeness and the same of r
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -22,6 +22,7 @@ from metaint.circuits.scan_metrics import ScanMetric
 from metaint.circuits.subject import subject_of
 from metaint.errors import InputError
 from metaint.models.describe import Shape
+from metaint.models.protocol import Model
 
 # A circuit beats random ones if at most this share of them does as well.
 LEVEL = 0.05
@@ -37,7 +38,7 @@ _ENDS = ("", "_low", "_high")
 
 
 def check_circuit(
-    model: Any,
+    model: Model,
     heads: Sequence[str],
     tokens: Int[Tensor, "batch position"] | str | None = None,
     how: str = "mean",

@@ -22,6 +22,7 @@ from metaint.circuits.parts import Part
 from metaint.circuits.paths import EMBEDDING, LOGITS
 from metaint.circuits.subject import Subject, subject_of
 from metaint.errors import InputError
+from metaint.models.protocol import Model
 from metaint.scanning.scan import scan as scan_model
 from metaint.scans.labels import heads_of, label_heads
 
@@ -36,7 +37,7 @@ _HOW = ("zero", "mean", "resample")
 
 
 def trace_circuit(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch position"] | str | None = None,
     scan: xr.DataTree | xr.Dataset | None = None,
     target: str | MetricFunction = "induction",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metaint.circuits.scan_metrics import Reader
 from metaint.circuits.subject import Subject
+from metaint.models.protocol import Model
 from metaint.models.reading import widen
 
 Hook = tuple[str, Callable[..., Any]]
@@ -86,7 +87,7 @@ def clean_pass(
     return clean
 
 
-def logits_of(model: Any, tokens: Tensor, places: Tensor | None, hooks: list[Hook]) -> Tensor:
+def logits_of(model: Model, tokens: Tensor, places: Tensor | None, hooks: list[Hook]) -> Tensor:
     """The logits [row, vocab] of these places, no others being made where the model has an unembedding to hook; without
     places all of them, [batch, position, vocab]."""
     gathered = False

@@ -6,7 +6,6 @@ bridge makes what it is asked for anew each time: the stack of W_O, the dictiona
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +17,7 @@ from metaint.models.audit import holds
 from metaint.models.describe import Shape, facts_of, shape_of
 from metaint.models.folded import FoldedWeights, folded_layers
 from metaint.models.heads import head_among
+from metaint.models.protocol import Model
 from metaint.models.readout import readout_of
 
 
@@ -25,7 +25,7 @@ from metaint.models.readout import readout_of
 class Subject:
     """A model and what is asked of it."""
 
-    model: Any
+    model: Model
     shape: Shape
 
     @property
@@ -81,6 +81,6 @@ class Subject:
         return self._outputs[layer]
 
 
-def subject_of(model: Any) -> Subject:
+def subject_of(model: Model) -> Subject:
     """The subject that a model is; InputError for a model that nobody has opened."""
     return Subject(model, shape_of(model))

@@ -19,6 +19,7 @@ from metaint.models import invariants
 from metaint.models.describe import check_open
 from metaint.models.folded import attention_input
 from metaint.models.invariants import Pair, Trial
+from metaint.models.protocol import Model
 from metaint.models.reading import Edit, Unavailable, logits_after, random_tokens, read, tolerance, untouched
 
 TOKENS = 12
@@ -79,7 +80,7 @@ _WEIGHT_HOOKS += ["ln2.hook_normalized", "hook_mlp_out", "hook_resid_post"]
 _cache: WeakKeyDictionary[Any, dict[tuple[Any, ...], list[Finding]]] = WeakKeyDictionary()
 
 
-def audit(model: Any, refresh: bool = False) -> pandas.DataFrame:
+def audit(model: Model, refresh: bool = False) -> pandas.DataFrame:
     """Which of the checks hold on this model: one row each, in the order of `CHECKS`.
 
     - `check`: its name.
@@ -102,7 +103,7 @@ def audit(model: Any, refresh: bool = False) -> pandas.DataFrame:
     return pandas.DataFrame([asdict(finding) for finding in findings])
 
 
-def require(model: Any, checks: Iterable[str]) -> None:
+def require(model: Model, checks: Iterable[str]) -> None:
     """Raises HookAuditError for the first of these checks that does not hold; runs only the passes they need.
 
     Raises InputError for a name that is not in `CHECKS`, ModelError if a forward pass fails.
@@ -117,7 +118,7 @@ def require(model: Any, checks: Iterable[str]) -> None:
             raise HookAuditError(f"The hook audit's {check} {_verb(finding)}{measured}: {finding.note}")
 
 
-def holds(model: Any, check: str) -> bool:
+def holds(model: Model, check: str) -> bool:
     """Whether a check of the audit holds, for readings that can do without."""
     try:
         require(model, [check])
@@ -131,7 +132,7 @@ def _verb(finding: Finding) -> str:
     return f"fails{place}" if finding.status == "fails" else f"can't be checked{place}"
 
 
-def _findings(model: Any, group: str, refresh: bool = False) -> list[Finding]:
+def _findings(model: Model, group: str, refresh: bool = False) -> list[Finding]:
     check_open(model)
     cached = _cache.setdefault(model, {})
     key = (group, bool(getattr(model, "compatibility_mode", False)), _dtype(model))
@@ -146,7 +147,7 @@ def _findings(model: Any, group: str, refresh: bool = False) -> list[Finding]:
     return cached[key]
 
 
-def _run_checks(model: Any, checks: dict[str, _Check], hooks: Iterable[str]) -> list[Finding]:
+def _run_checks(model: Model, checks: dict[str, _Check], hooks: Iterable[str]) -> list[Finding]:
     names = [f"blocks.{layer}.{hook}" for layer in range(int(model.cfg.n_layers)) for hook in hooks]
     names += ["hook_pos_embed", "ln_final.hook_scale"]
     trial = Trial(model, read(model, random_tokens(model, 2, TOKENS), names))
@@ -180,7 +181,7 @@ def _compare(pair: Pair) -> tuple[float, float]:
     return (math.inf, math.nan) if math.isnan(absolute) else (absolute / magnitude, absolute)
 
 
-def _try_edits(model: Any, name: str) -> Finding:
+def _try_edits(model: Model, name: str) -> Finding:
     """Edits each layer in a row of its own, all rows being the same tokens; the last row tells the noise.
 
     So one forward pass tells for each layer whether an edit there reaches the logits.
@@ -222,7 +223,7 @@ def _other_values(values: Tensor) -> Tensor:
     return values + noise * (values.std() if float(values.std()) > 0 else 1.0)
 
 
-def _dtype(model: Any) -> torch.dtype:
+def _dtype(model: Model) -> torch.dtype:
     """The dtype the model computes in, as far as its first parameter tells."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 

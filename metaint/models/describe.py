@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from metaint.errors import InputError
+from metaint.models.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ def check_open(model: Any) -> None:
         )
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: Model) -> Shape:
     """The shape of any model with a TransformerLens `cfg`."""
     causal, cfg = is_causal(model), model.cfg
     return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model), int(cfg.d_model), sublayers_of(model))
 
 
-def is_causal(model: Any) -> bool:
+def is_causal(model: Model) -> bool:
     """Whether queries see earlier keys alone; the bridge of TransformerLens 3.9 calls BERT causal, which it is not."""
     check_open(model)
     cfg = model.cfg
@@ -45,7 +46,7 @@ def is_causal(model: Any) -> bool:
     return not bert and getattr(cfg, "attention_dir", "causal") != "bidirectional"
 
 
-def windows_of(model: Any) -> tuple[int, ...]:
+def windows_of(model: Model) -> tuple[int, ...]:
     """The sliding window of each layer, 0 for none: from the Hugging Face config, or from TransformerLens's own."""
     cfg = model.cfg
     config = getattr(getattr(model, "original_model", None), "config", None)
@@ -56,7 +57,7 @@ def windows_of(model: Any) -> tuple[int, ...]:
     return tuple(int(size) if here else 0 for here in local[: cfg.n_layers])
 
 
-def sublayers_of(model: Any) -> str:
+def sublayers_of(model: Model) -> str:
     """How the blocks are built: "attention", "parallel" or "sequential"."""
     if getattr(model.cfg, "attn_only", False):
         return "attention"
@@ -64,13 +65,13 @@ def sublayers_of(model: Any) -> str:
     return "parallel" if parallel else "sequential"
 
 
-def weight_processing(model: Any) -> str:
+def weight_processing(model: Model) -> str:
     """Whether layer norms were folded into the weights: "folded" or "raw"."""
     norm = str(getattr(model.cfg, "normalization_type", None) or "")
     return "folded" if getattr(model, "compatibility_mode", False) or norm.endswith("Pre") else "raw"
 
 
-def facts_of(model: Any) -> dict[str, str | int]:
+def facts_of(model: Model) -> dict[str, str | int]:
     """Attributes of a scan that belong to the model: name, revision, weight processing, dtype, device, sizes.
 
     For a model out of a GGUF also `quantisation`, `source_file` and `source_sha256`.

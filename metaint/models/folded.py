@@ -18,6 +18,7 @@ from torch import Tensor
 from metaint.measures.inner import Norm
 from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
 from metaint.models.invariants import Pair, Trial, bias_of
+from metaint.models.protocol import Model
 from metaint.models.reading import Unavailable, random_tokens, read, tolerance, untouched, widen
 from metaint.models.readout import norm_of
 
@@ -49,7 +50,7 @@ class _Norms(NamedTuple):
 _places: WeakKeyDictionary[Any, tuple[_Norms, ...]] = WeakKeyDictionary()
 
 
-def folded_layers(model: Any) -> Iterator[FoldedWeights]:
+def folded_layers(model: Model) -> Iterator[FoldedWeights]:
     """The `folded_weights` of each layer in turn, reading each stack of weights once (a bridge makes them anew)."""
     norms = norms_of(model)
     stacks = [getattr(model, name).detach() for name in FoldedWeights._fields]
@@ -57,7 +58,7 @@ def folded_layers(model: Any) -> Iterator[FoldedWeights]:
         yield _folded(model, layer, norms[layer], *weights)
 
 
-def folded_weights(model: Any, layer: int) -> FoldedWeights:
+def folded_weights(model: Model, layer: int) -> FoldedWeights:
     """The weights of one layer; for all of them `folded_layers` is cheaper.
 
     W_Q, W_K and W_V are diag(g) W with the gain g of the norm that attention reads through (Gemma's is 1 + w), and
@@ -73,7 +74,7 @@ def folded_weights(model: Any, layer: int) -> FoldedWeights:
     return _folded(model, layer, norms_of(model)[layer], *stacks)
 
 
-def normaliser(model: Any, layer: int) -> Callable[[Float[Tensor, "*rest d_model"]], Float[Tensor, "*rest d_model"]]:
+def normaliser(model: Model, layer: int) -> Callable[[Float[Tensor, "*rest d_model"]], Float[Tensor, "*rest d_model"]]:
     """What the norm before a layer's attention does to vectors of the stream, its gain and bias left out.
 
     LayerNorm centres and divides, RMSNorm divides; without a norm there they come back as they are. Raises
@@ -82,7 +83,7 @@ def normaliser(model: Any, layer: int) -> Callable[[Float[Tensor, "*rest d_model
     return partial(_normalise, _norm(model, layer, norms_of(model)[layer].before))
 
 
-def normalised(model: Any, layer: int, vectors: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest d_model"]:
+def normalised(model: Model, layer: int, vectors: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest d_model"]:
     """What a layer's `normaliser` makes of vectors."""
     return normaliser(model, layer)(vectors)
 
@@ -113,7 +114,7 @@ def attention_input(trial: Trial) -> Iterator[Pair]:
 
 
 def _folded(
-    model: Any, layer: int, norms: _Norms, query: Tensor, key: Tensor, value: Tensor, out: Tensor
+    model: Model, layer: int, norms: _Norms, query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> FoldedWeights:
     before, after = (_norm(model, layer, name) for name in norms)
     query, key, value = (repeat_heads(_through(before, weight), len(query), 0) for weight in (query, key, value))
@@ -139,12 +140,12 @@ def _through(norm: Norm | None, weight: Tensor) -> Tensor:
     return weight - weight.mean(-2, keepdim=True) if norm is not None and norm.kind == "layer" else weight
 
 
-def _norm(model: Any, layer: int, name: str | None) -> Norm | None:
+def _norm(model: Model, layer: int, name: str | None) -> Norm | None:
     return None if name is None else norm_of(model, getattr(model.blocks[layer], name), f"blocks.{layer}.{name}")
 
 
 @torch.no_grad()
-def norms_of(model: Any, trial: Trial | None = None) -> tuple[_Norms, ...]:
+def norms_of(model: Model, trial: Trial | None = None) -> tuple[_Norms, ...]:
     """Where each layer's norms stand, remembered for as long as the model lives: weights change, their places don't."""
     if model not in _places:
         if trial is None:
@@ -184,5 +185,5 @@ def _reads(trial: Trial, layer: int, name: str, out: Tensor) -> str:
     raise Unavailable(f"{hook} is not the length of {' or '.join(candidates)} at attention", hook)
 
 
-def _tolerance(model: Any) -> float:
+def _tolerance(model: Model) -> float:
     return tolerance(next(p.dtype for p in model.parameters() if p.is_floating_point()))

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from metaint.errors import ModelError
+from metaint.models.protocol import Model
 
 # Switches that make hooks fire; a bridge hears of them through setters of the same name.
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
-def fresh_model(model: Any, seed: int = 0) -> Any:
+def fresh_model(model: Model, seed: int = 0) -> Any:
     """A second model like `model`, at its random initialisation and in evaluation mode.
 
     It is the same kind of object, with the same hooks (but none of the caller's functions on them), `cfg`, tokenizer,

@@ -4,12 +4,11 @@ In: a model and a name; or a tensor with a dimension of heads. Out: layer and he
 as often as it is wanted.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.models.describe import check_open
+from metaint.models.protocol import Model
 
 # What a projection does to the stream, head by head, and back.
 INTO_HEADS = "batch position d_model, head d_model d_head -> batch position head d_head"
@@ -21,7 +20,7 @@ def head_name(layer: int, head: int) -> str:
     return f"{layer}.{head}"
 
 
-def head_of(model: Any, name: str) -> tuple[int, int]:
+def head_of(model: Model, name: str) -> tuple[int, int]:
     """Layer and head of a name such as "5.1"; InputError for one that the model does not have."""
     check_open(model)
     return head_among(int(model.cfg.n_layers), int(model.cfg.n_heads), name)

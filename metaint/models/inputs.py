@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from metaint.errors import InputError
+from metaint.models.protocol import Model
 
 
 class Inputs(NamedTuple):
@@ -124,7 +125,7 @@ class InputWatch:
 
 
 @contextmanager
-def watching(model: Any) -> Iterator[InputWatch]:
+def watching(model: Model) -> Iterator[InputWatch]:
     """Watch a model's forward passes through pre-hooks on its modules, and take them off again.
 
     The token ids come from the embedding, padding and cache from the wrapped Hugging Face model or, where there is

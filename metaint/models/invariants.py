@@ -7,7 +7,7 @@ weight they speak of. What it needs and can't have is said by raising Unavailabl
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metaint.models.describe import is_causal
 from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
+from metaint.models.protocol import Model
 from metaint.models.reading import Reading, Unavailable, widen
 from metaint.models.readout import final_norm_of, readout_of, setting
 
@@ -32,7 +33,7 @@ class Pair(NamedTuple):
 class Trial(NamedTuple):
     """A model and what one forward pass on it carried."""
 
-    model: Any
+    model: Model
     reading: Reading
 
     @property
@@ -90,7 +91,7 @@ def pattern_from_scores(trial: Trial) -> Iterator[Pair]:
         yield Pair(pattern_hook(layer), pattern, expected, magnitude=max(1.0, float(scores.abs().max())))
 
 
-def score_hooks(model: Any, rotated: bool | None = None) -> tuple[str, str]:
+def score_hooks(model: Model, rotated: bool | None = None) -> tuple[str, str]:
     """The hooks that hold queries and keys as they enter the scores; raises Unavailable where a bias is added."""
     positions = str(getattr(model.cfg, "positional_embedding_type", "standard"))
     if positions in ("alibi", "relative_positional_bias"):
@@ -135,23 +136,23 @@ class Scoring:
         return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # NaN where all is hidden
 
 
-def scoring_of(model: Any, layer: int) -> Scoring:
+def scoring_of(model: Model, layer: int) -> Scoring:
     """How this layer of the model scores, as it is configured."""
     cap = setting(model, "attn_scores_soft_cap") or 0.0
     return Scoring(score_scale(model, layer), cap, is_causal(model), _window(model, layer))
 
 
-def scores_of(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
+def scores_of(model: Model, layer: int, query: Tensor, key: Tensor) -> Tensor:
     """Scores [batch, head, query, key] of every pair, from queries and keys [batch, position, head, d_head]."""
     return scoring_of(model, layer).scores(query, key)
 
 
-def pattern_of(model: Any, layer: int, query: Tensor, key: Tensor, real: Tensor | None = None) -> Tensor:
+def pattern_of(model: Model, layer: int, query: Tensor, key: Tensor, real: Tensor | None = None) -> Tensor:
     """The pattern that queries and keys make; `real[batch, key]` is False where a key is padding."""
     return scoring_of(model, layer).pattern(query, key, real)
 
 
-def score_scale(model: Any, layer: int) -> float:
+def score_scale(model: Model, layer: int) -> float:
     """What the scores are divided by: as configured, with -1 for the square root of the head's width."""
     cfg = model.cfg
     # GPT-Neo divides by nothing, which its bridge does not say.
@@ -168,7 +169,7 @@ def score_scale(model: Any, layer: int) -> float:
     return scale * (layer + 1) if setting(model, "scale_attn_by_inverse_layer_idx") else scale
 
 
-def _window(model: Any, layer: int) -> int:
+def _window(model: Model, layer: int) -> int:
     """How many keys back a query of this layer sees, 0 for all."""
     window = setting(model, "window_size") or setting(model, "sliding_window")
     if not window or setting(model, "use_sliding_window") is False:
@@ -289,7 +290,7 @@ def unembedding(trial: Trial) -> Iterator[Pair]:
     yield Pair("W_U", rearrange(widen(trial.reading.logits), "batch position vocab -> (batch position) vocab"), logits)
 
 
-def bias_of(model: Any, name: str, layer: int, like: Tensor) -> Tensor:
+def bias_of(model: Model, name: str, layer: int, like: Tensor) -> Tensor:
     """The layer's bias, or zeros: of a missing one bridges say AttributeError in 4.x, TypeError in 3.x."""
     try:
         return widen(getattr(model, name)[layer])

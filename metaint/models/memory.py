@@ -23,6 +23,7 @@ from metaint.models.audit import require
 from metaint.models.folded import FoldedWeights, folded_layers, normalised
 from metaint.models.heads import head_of
 from metaint.models.invariants import score_scale
+from metaint.models.protocol import Model
 from metaint.models.reading import Unavailable, untouched, widen
 from metaint.models.readout import readout_of
 from metaint.models.rotation import rotations
@@ -46,7 +47,7 @@ class Memories:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         tokens: int | Sequence[int] = TOKENS,
         embedding: Embedding = "token",
         seed: int = 0,
@@ -163,7 +164,7 @@ class Memories:
         return score_scale(self.model, layer)
 
 
-def previous_position_recall(model: Any, head: str, causal: bool = False) -> Recall:
+def previous_position_recall(model: Model, head: str, causal: bool = False) -> Recall:
     """Whether a head finds the position before it by learned positions, or by the rotation of its queries and keys.
 
     `measures.memory.previous_position_recall` of all positions, or `relative_recall` of up to 64 lags, causal as it is.
@@ -190,7 +191,7 @@ def previous_position_recall(model: Any, head: str, causal: bool = False) -> Rec
 
 
 def ov_recall(
-    model: Any,
+    model: Model,
     heads: Sequence[str],
     *,
     tokens: int | Sequence[int] = TOKENS,
@@ -216,7 +217,7 @@ def ov_recall(
 
 
 def key_composition_recall(
-    model: Any,
+    model: Model,
     head: str,
     head_to: str,
     *,
@@ -240,7 +241,7 @@ def key_composition_recall(
     return Memories(model, tokens, embedding, seed).key_composition(*pair)
 
 
-def _chosen(model: Any, tokens: int | Sequence[int], seed: int) -> Int[Tensor, " token"]:
+def _chosen(model: Model, tokens: int | Sequence[int], seed: int) -> Int[Tensor, " token"]:
     device, vocab = model.W_E.device, int(model.cfg.d_vocab)
     if isinstance(tokens, int):
         if tokens < 2:
@@ -259,7 +260,7 @@ def _chosen(model: Any, tokens: int | Sequence[int], seed: int) -> Int[Tensor, "
     return ids.to(device)
 
 
-def _after_first_mlp(model: Any, tokens: Tensor) -> Float[Tensor, "token d_model"]:
+def _after_first_mlp(model: Model, tokens: Tensor) -> Float[Tensor, "token d_model"]:
     """The stream after block 0 of each token alone, its position and what block 0's attention mixes taken out."""
     streams: list[Tensor] = []
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metaint.errors import InputError
 from metaint.models.describe import check_open, weight_processing
+from metaint.models.protocol import Model
 
 Select = Literal["all", "attention"] | Callable[[str, Tensor], bool]
 
@@ -34,7 +35,7 @@ class Place(NamedTuple):
     kind: Literal["attention", "mlp", "norm", "embedding", "unembedding"]
 
 
-def own_parameters(model: Any) -> dict[str, Tensor]:
+def own_parameters(model: Model) -> dict[str, Tensor]:
     """The parameters that the model computes with, by name: tied ones once, stale fused projections not at all."""
     root: Any = model
     named = dict(nn.Module.named_parameters(root))
@@ -76,7 +77,7 @@ def place_of(name: str) -> Place:
     return Place(layer, "attention" if in_attention else "mlp")
 
 
-def chosen(model: Any, select: Select = "all", *, allow_folded: bool = False) -> dict[str, Tensor]:
+def chosen(model: Model, select: Select = "all", *, allow_folded: bool = False) -> dict[str, Tensor]:
     """The parameters that `select` names: "all", "attention" (what makes queries and keys), or a function of name and
     parameter. InputError where there are none, or where they cannot be scaled to any purpose."""
     check_open(model)
@@ -101,7 +102,7 @@ def chosen(model: Any, select: Select = "all", *, allow_folded: bool = False) ->
     return selected
 
 
-def quantised(model: Any, parameters: Mapping[str, Tensor]) -> str:
+def quantised(model: Model, parameters: Mapping[str, Tensor]) -> str:
     """What tells that weights are quantised: the name of one, or the configuration; empty if they are not."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     first = next((name for name, parameter in parameters.items() if not parameter.is_floating_point()), "")
@@ -109,7 +110,7 @@ def quantised(model: Any, parameters: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def scaled(model: Any, c: float, select: Select = "all", *, allow_folded: bool = False) -> Iterator[Any]:
+def scaled(model: Model, c: float, select: Select = "all", *, allow_folded: bool = False) -> Iterator[Any]:
     """Multiply parameters by `c` inside the block; afterwards, also after an exception, they are bit for bit as before.
 
     Yields the model. Do not train inside the block.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaint.models.protocol import Model
+
 Edit = Callable[[Tensor], Tensor]
 
 
@@ -46,7 +48,7 @@ class Reading:
         return name in order and other in order and order.index(name) < order.index(other)
 
 
-def read(model: Any, tokens: Tensor, names: Sequence[str]) -> Reading:
+def read(model: Model, tokens: Tensor, names: Sequence[str]) -> Reading:
     """The activations at those of the named hooks that the model has and that fire, in one forward pass."""
     activations: dict[str, Tensor] = {}
 
@@ -64,7 +66,7 @@ def read(model: Any, tokens: Tensor, names: Sequence[str]) -> Reading:
     return Reading(activations, logits)
 
 
-def logits_after(model: Any, tokens: Tensor, edits: dict[str, Edit]) -> Tensor:
+def logits_after(model: Model, tokens: Tensor, edits: dict[str, Edit]) -> Tensor:
     """The logits of a forward pass in which each named activation is replaced by what its edit returns.
 
     Raises Unavailable, naming the hook, if a hook isn't there or never fires.
@@ -89,7 +91,7 @@ def logits_after(model: Any, tokens: Tensor, edits: dict[str, Edit]) -> Tensor:
     return logits
 
 
-def random_tokens(model: Any, rows: int, length: int) -> Tensor:
+def random_tokens(model: Model, rows: int, length: int) -> Tensor:
     """Tokens [row, token] drawn uniformly from the model's ordinary ids (special ones can mean padding)."""
     special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", None) or ())
     ordinary = [i for i in range(int(model.cfg.d_vocab)) if i not in special] or [0]
@@ -100,7 +102,7 @@ def random_tokens(model: Any, rows: int, length: int) -> Tensor:
 
 
 @contextmanager
-def steady(model: Any) -> Iterator[None]:
+def steady(model: Model) -> Iterator[None]:
     """Evaluation mode and no gradients inside; every module's training flag is as it was afterwards."""
     wrapped = getattr(model, "original_model", None)  # which a bridge keeps outside its own modules
     modules = {id(m): m for root in (model, wrapped) if isinstance(root, nn.Module) for m in root.modules()}
@@ -116,7 +118,7 @@ def steady(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def untouched(model: Any) -> Iterator[None]:
+def untouched(model: Model) -> Iterator[None]:
     """Runs the model in eval mode, without gradients and without the hooks already on it; then puts all back.
 
     The caller's hooks are neither called (they may count) nor seen (they may edit). Training flags come back
@@ -146,7 +148,7 @@ def _silenced(hook_points: Any) -> Iterator[None]:
             hooks.update(items)
 
 
-def _forward(model: Any, tokens: Tensor, fwd_hooks: list[tuple[str, Callable[..., Any]]]) -> Tensor:
+def _forward(model: Model, tokens: Tensor, fwd_hooks: list[tuple[str, Callable[..., Any]]]) -> Tensor:
     with model.hooks(fwd_hooks=fwd_hooks):
         output = model(tokens)
     output = getattr(output, "logits", output)

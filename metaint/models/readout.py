@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from metaint.measures.inner import Norm, Readout
+from metaint.models.protocol import Model
 from metaint.models.reading import Unavailable
 
 
-def readout_of(model: Any) -> Readout:
+def readout_of(model: Model) -> Readout:
     """The model's final norm, `W_U`, `b_U`, scale and soft cap; raises Unavailable, naming what is missing."""
     weight = getattr(model, "W_U", None)
     if not isinstance(weight, Tensor):
@@ -28,12 +29,12 @@ def readout_of(model: Any) -> Readout:
     )
 
 
-def final_norm_of(model: Any) -> Norm | None:
+def final_norm_of(model: Model) -> Norm | None:
     """The norm before the unembedding, or None for a model without one; raises Unavailable for an unknown kind."""
     return norm_of(model, getattr(model, "ln_final", None), "ln_final")
 
 
-def norm_of(model: Any, module: Any, name: str) -> Norm | None:
+def norm_of(model: Model, module: Any, name: str) -> Norm | None:
     """A norm of the model as `Norm`, or None where it has none there; raises Unavailable for an unknown kind.
 
     `name` is where the module stands: "ln_final", or as in "blocks.0.ln1".
@@ -51,7 +52,7 @@ def norm_of(model: Any, module: Any, name: str) -> Norm | None:
     return Norm("rms" if kind.startswith("RMS") or final_rms else "layer", float(model.cfg.eps), gain, bias)
 
 
-def setting(model: Any, name: str) -> Any:
+def setting(model: Model, name: str) -> Any:
     """A field of `cfg`, else of the configuration of the model that a bridge wraps, else None.
 
     Bridges leave out of `cfg` what Gemma-2 scales its queries by, and the width of sliding windows.

@@ -7,7 +7,7 @@ model: where no hook carries rotated queries, what the config says must give the
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metaint.models.heads import repeat_heads
 from metaint.models.invariants import pattern_of
+from metaint.models.protocol import Model
 from metaint.models.reading import Reading, Unavailable, random_tokens, read, untouched
 from metaint.models.readout import setting
 
@@ -34,7 +35,7 @@ class Rotation(NamedTuple):
     rotations: Float[Tensor, "lag d_head d_head"]
 
 
-def rotations(model: Any, lags: int) -> Iterator[Rotation | None]:
+def rotations(model: Model, lags: int) -> Iterator[Rotation | None]:
     """Each layer's rotation in float64, None for a layer that rotates nothing, at most `lags` lags (fewer if the
     context is shorter).
 
@@ -84,7 +85,7 @@ def _rotation(reading: Reading, attention: str, known: Tensor | None) -> Float[T
 
 
 @torch.no_grad()
-def _configured(model: Any, layer: int, lags: int) -> Float[Tensor, "position d_head d_head"]:
+def _configured(model: Model, layer: int, lags: int) -> Float[Tensor, "position d_head d_head"]:
     """The rotation that the config describes, if with it queries and keys give the model's own pattern."""
     cfg, attention = model.cfg, f"blocks.{layer}.attn"
     rope = setting(model, "rope_parameters") or {}

@@ -19,6 +19,7 @@ from metaint.models.describe import is_causal
 from metaint.models.heads import repeat_heads
 from metaint.models.invariants import pattern_hook, scores_of
 from metaint.models.parameters import scaled
+from metaint.models.protocol import Model
 
 _WRITES = {"hook_attn_out": "attn_write", "hook_mlp_out": "mlp_write"}
 
@@ -61,7 +62,7 @@ class PublishedPass(NamedTuple):
 
 
 def scaled_pass(
-    model: Any, c: float, batch: Batch, *, writes: bool, score_names: Sequence[str], allow_folded: bool = False
+    model: Model, c: float, batch: Batch, *, writes: bool, score_names: Sequence[str], allow_folded: bool = False
 ) -> ScaledPass:
     """The model's own pass with all parameters times c. `writes`: read what sublayers add; `score_names`: the hooks on
     queries and keys as they enter the scores, if they are known."""
@@ -101,7 +102,7 @@ def scaled_pass(
 
 
 def published_pass(
-    model: Any, c: float, batch: Batch, score_names: Sequence[str], *, multiply: bool, allow_folded: bool = False
+    model: Model, c: float, batch: Batch, score_names: Sequence[str], *, multiply: bool, allow_folded: bool = False
 ) -> PublishedPass:
     """A pass with all parameters times c whose attention has the published script's mask (or, without `multiply`, the
     model's own), counting at each query the keys with a weight above 1e-5."""
@@ -145,7 +146,7 @@ def published_pass(
 
 
 def _run(
-    model: Any, c: float, batch: Batch, hooks: list[tuple[str, Any]], allow_folded: bool, patterns: bool = True
+    model: Model, c: float, batch: Batch, hooks: list[tuple[str, Any]], allow_folded: bool, patterns: bool = True
 ) -> Tensor:
     """The logits of a pass at c, with these hooks, and with everything that is read checked for overflow."""
     layers = range(int(model.cfg.n_layers))
@@ -175,7 +176,7 @@ def _check(x: Tensor, hook: Any, name: str, c: float, real: Bool[Tensor, "batch 
         )
 
 
-def _score_length(model: Any, layer: int, query: Tensor, key: Tensor, batch: Batch) -> Float[Tensor, "batch sample"]:
+def _score_length(model: Model, layer: int, query: Tensor, key: Tensor, batch: Batch) -> Float[Tensor, "batch sample"]:
     """Logarithm of the length of a query's scores, over heads and the keys it may see."""
     scores = scores_of(model, layer, batch.pick(query).double(), key.double())
     seen = rearrange(batch.real, "batch key -> batch 1 key").to(scores.device)

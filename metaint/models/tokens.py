@@ -7,9 +7,10 @@ from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.models.describe import check_open
+from metaint.models.protocol import Model
 
 
-def first_id(model: Any, bos: bool | None) -> int | None:
+def first_id(model: Model, bos: bool | None) -> int | None:
     """The BOS to begin with: as asked, or (None) as the model's own `to_tokens` would; None for no BOS."""
     if bos is None:
         bos = bool(getattr(model.cfg, "default_prepend_bos", True))
@@ -18,20 +19,20 @@ def first_id(model: Any, bos: bool | None) -> int | None:
     return bos_id(model) if bos else None
 
 
-def bos_id(model: Any) -> int | None:
+def bos_id(model: Model) -> int | None:
     """The id of the model's beginning-of-sequence token, or None."""
     tokenizer = getattr(model, "tokenizer", None)
     known = getattr(tokenizer, "bos_token_id", None)
     return int(known) if known is not None and known < model.cfg.d_vocab else None
 
 
-def starts_with_bos(model: Any, tokens: Tensor, mask: Tensor | None) -> bool:
+def starts_with_bos(model: Model, tokens: Tensor, mask: Tensor | None) -> bool:
     """Whether every sequence begins with the model's BOS."""
     first = torch.zeros(len(tokens), dtype=torch.long) if mask is None else mask.long().argmax(-1).cpu()
     return bos_id(model) is not None and bool((tokens.cpu()[torch.arange(len(tokens)), first] == bos_id(model)).all())
 
 
-def encoded(model: Any, tokens: Tensor | str) -> Tensor:
+def encoded(model: Model, tokens: Tensor | str) -> Tensor:
     """Token ids, of a text by the model's own tokenizer; InputError if it has none."""
     check_open(model)
     if not isinstance(tokens, str):
@@ -42,7 +43,7 @@ def encoded(model: Any, tokens: Tensor | str) -> Tensor:
     return to_tokens(tokens)
 
 
-def check_tokens(model: Any, tokens: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
+def check_tokens(model: Model, tokens: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
     """Tokens and mask on the model's device, or one sentence on what is wrong with them."""
     if not isinstance(tokens, Tensor):
         raise InputError(f"tokens is a {type(tokens).__name__}: pass a tensor of ids [batch, position], or a text.")

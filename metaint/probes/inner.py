@@ -21,6 +21,7 @@ from metaint.measures.inner import Readout, Translator, read_path
 from metaint.models.audit import holds
 from metaint.models.describe import Shape, shape_of
 from metaint.models.inputs import InputWatch
+from metaint.models.protocol import Model
 from metaint.models.readout import readout_of
 from metaint.models.translators import affine_translators
 from metaint.probes.inner_path import of_layers, of_steps, path_of, targets_of
@@ -81,7 +82,7 @@ class InnerProbe(Probe):
         self._split = False
         self._translators: list[Translator] | None = None
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         if not shape_of(model).causal:
             raise HookAuditError("InnerProbe needs a model that predicts the next token, and this one looks ahead.")
         self._split = self.lens is None and holds(model, "residual")

@@ -16,6 +16,7 @@ from metaint.models.audit import holds
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
 from metaint.models.memory import LAGS, TOKENS, Embedding, Memories
+from metaint.models.protocol import Model
 from metaint.models.reading import Unavailable
 from metaint.models.readout import readout_of
 from metaint.probes.probe import Probe, quietly
@@ -93,7 +94,7 @@ class MemoryProbe(Probe):
     def hook_names(self, shape: Shape) -> list[str]:
         return [f"blocks.{shape.n_layers - 1}.hook_resid_post"]
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         if not isinstance(getattr(model, "W_E", None), Tensor):
             raise HookAuditError("MemoryProbe reads token embeddings (W_E), and this model has none.")
         super().prepare(model)
@@ -102,7 +103,7 @@ class MemoryProbe(Probe):
 
     # ---- weights ----
 
-    def read_weights(self, model: Any) -> None:
+    def read_weights(self, model: Model) -> None:
         """Read the weights as memories, in place of what was read of them before."""
         with quietly(model.W_E.device.type):
             memories = Memories(model, self.tokens, self.embedding, self.seed)
@@ -177,7 +178,7 @@ class MemoryProbe(Probe):
                             slot[layer, i, later, j] = found.share(top)
                             chances[f"{name}_chance"] = min(1.0, top * found.chance)
 
-    def _divergence(self, model: Any) -> float:
+    def _divergence(self, model: Model) -> float:
         """Mean KL of the task's bigrams from what W_F alone predicts, in nats; NaN without a task's bigrams."""
         if self.bigram is None:
             return math.nan

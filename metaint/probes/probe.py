@@ -13,6 +13,7 @@ from metaint.errors import HookAuditError, InputError
 from metaint.models.audit import require
 from metaint.models.describe import Shape, facts_of, shape_of
 from metaint.models.inputs import InputWatch
+from metaint.models.protocol import Model
 from metaint.scans.assemble import assemble
 
 Hook = tuple[str, Callable[..., None]]
@@ -81,7 +82,7 @@ class Probe(Metric):
         """Fold in the activation at hook point `name`, of the pass that `watch` follows."""
         raise NotImplementedError
 
-    def read_weights(self, model: Any) -> None:
+    def read_weights(self, model: Model) -> None:
         """Read what needs no pass, of a model that `prepare` has seen; most probes read nothing."""
 
     def opens_pass(self, name: str, watch: InputWatch) -> bool:
@@ -98,7 +99,7 @@ class Probe(Metric):
         """The state as labelled variables."""
         raise NotImplementedError
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         """Learn the model's shape and check what this probe relies on; HookAuditError if it does not hold."""
         shape = shape_of(model)
         if self._shape is not None and shape != self.shape:
@@ -116,12 +117,12 @@ class Probe(Metric):
         require(model, self.audits)
         self._shape, self.facts = shape, facts_of(model)
 
-    def hooks(self, model: Any, watch: InputWatch) -> list[Hook]:
+    def hooks(self, model: Model, watch: InputWatch) -> list[Hook]:
         """Read-only forward hooks for `model`, told by `watch` what the model is fed."""
         self.prepare(model)
         return [(name, self._reader(name, watch)) for name in self.hook_names(self.shape)]
 
-    def fwd_hooks(self, model: Any, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> list[Hook]:
+    def fwd_hooks(self, model: Model, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> list[Hook]:
         """Hooks for `model.run_with_hooks(tokens, fwd_hooks=probe.fwd_hooks(model))`.
 
         Token ids come from the model's hook on them; `HookedTransformer` has none, so pass `tokens`. Padding can't

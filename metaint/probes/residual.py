@@ -19,6 +19,7 @@ from metaint.measures.positions import BUCKETS, position_bucket
 from metaint.models.audit import holds
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
+from metaint.models.protocol import Model
 from metaint.models.readout import final_norm_of
 from metaint.probes.largest import FIELDS, candidates_of, larger_of, largest_of
 from metaint.probes.means import Means, as_dataset
@@ -97,7 +98,7 @@ class ResidualProbe(Probe):
         self._writes = False
         self._final_norm: Any = None
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         self._writes = holds(model, "residual")
         self._final_norm = final_norm_of(model) if holds(model, "final_norm") else None
         super().prepare(model)

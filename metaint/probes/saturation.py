@@ -25,6 +25,7 @@ from metaint.models.describe import Shape
 from metaint.models.heads import repeat_heads
 from metaint.models.inputs import InputWatch
 from metaint.models.invariants import pattern_of, score_hooks
+from metaint.models.protocol import Model
 from metaint.probes.means import Means, as_dataset
 from metaint.probes.probe import Probe, quietly
 from metaint.probes.saturation_rows import HeadRows, compare_logits
@@ -101,7 +102,7 @@ class SaturationProbe(Probe):
         """A batch (or its mask) as this probe needs it: all sequences, then all again for each kappa but 1."""
         return tokens.repeat(self.copies, *[1] * (tokens.ndim - 1))
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         self._patterns = None
         if not holds(model, "pattern_order"):
             # BERT's bridge tells of the pattern once z is made: it is made here from what makes the scores.
@@ -115,7 +116,7 @@ class SaturationProbe(Probe):
         parts = [*(f"attn.{name}" for name in ("hook_v", *pattern, "hook_z")), "hook_resid_post"]
         return [f"blocks.{layer}.{part}" for layer in range(shape.n_layers) for part in parts]
 
-    def hooks(self, model: Any, watch: InputWatch) -> list[tuple[str, Callable[..., Any]]]:
+    def hooks(self, model: Model, watch: InputWatch) -> list[tuple[str, Callable[..., Any]]]:
         watch.stack(self.copies)
         watch.readers.append(lambda logits: self._read_logits(logits, watch))
         return super().hooks(model, watch)

@@ -19,6 +19,7 @@ from metaint.models.describe import Shape, weight_processing
 from metaint.models.folded import folded_layers
 from metaint.models.heads import repeat_heads
 from metaint.models.parameters import own_parameters, place_of, quantised
+from metaint.models.protocol import Model
 from metaint.probes.probe import Probe, quietly
 from metaint.scans.assemble import shaped
 
@@ -86,7 +87,7 @@ class WeightProbe(Probe):
     def hook_names(self, shape: Shape) -> list[str]:
         return []
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Model) -> None:
         parameters = own_parameters(model)
         _require_raw(model, parameters)
         super().prepare(model)
@@ -94,7 +95,7 @@ class WeightProbe(Probe):
             _require_same(self._previous, parameters)
         self._trusted = {name: all(holds(model, check) for check in checks) for name, checks in _AUDITS.items()}
 
-    def read_weights(self, model: Any) -> None:
+    def read_weights(self, model: Model) -> None:
         """Read the parameters, in place of what was read of them before."""
         parameters = own_parameters(model)
         with quietly(next(iter(parameters.values())).device.type):
@@ -123,7 +124,7 @@ class WeightProbe(Probe):
                 self._previous[name] = parameter.detach().to("cpu", copy=True)
         return found
 
-    def _read_heads(self, model: Any) -> Float[Tensor, "score layer head"]:
+    def _read_heads(self, model: Model) -> Float[Tensor, "score layer head"]:
         n_layers, n_heads = self.shape.n_layers, self.shape.n_heads
         found = torch.full((len(_SCORES), n_layers, n_heads), torch.nan, dtype=torch.float64)
         slots = dict(zip(_SCORES, found, strict=True))
@@ -141,7 +142,7 @@ class WeightProbe(Probe):
                     _fill_nulls(slots, value.shape[-2], value.shape[-1], loop)
         return found
 
-    def _read_pairs(self, model: Any) -> Float[Tensor, "pair layer head layer_to head_to"] | None:
+    def _read_pairs(self, model: Model) -> Float[Tensor, "pair layer head layer_to head_to"] | None:
         n_layers, n_heads = self.shape.n_layers, self.shape.n_heads
         if n_layers * n_heads > MOST_HEADS:
             return None
@@ -204,7 +205,7 @@ class WeightProbe(Probe):
         return data
 
 
-def _require_raw(model: Any, parameters: dict[str, Tensor]) -> None:
+def _require_raw(model: Model, parameters: dict[str, Tensor]) -> None:
     if weight_processing(model) == "folded":
         raise InputError(
             "model has its norms folded into its weights, so that their norms are not those it was trained with: open "
@@ -237,14 +238,14 @@ def _place_of(name: str, n_layers: int) -> int:
     return len(PARTS) * n_layers + _OUTSIDE.index(kind)
 
 
-def _by_layer(model: Any, first: str, second: str, n_heads: int) -> Iterator[list[Tensor]]:
+def _by_layer(model: Model, first: str, second: str, n_heads: int) -> Iterator[list[Tensor]]:
     """Two weights [head, ...] of each layer; grouped key and value heads once for each query head."""
     stacks = [getattr(model, first), getattr(model, second)]  # a bridge makes these anew at each call
     for weights in zip(*stacks, strict=True):
         yield [repeat_heads(weight.detach(), n_heads, 0) for weight in weights]
 
 
-def _loop(model: Any) -> Tensor | None:
+def _loop(model: Model) -> Tensor | None:
     """W_U W_E, or None where they don't fit together (embeddings narrower than the stream)."""
     unembedding, embedding = model.W_U, getattr(model, "W_E", None)
     if not isinstance(embedding, Tensor) or embedding.shape != unembedding.mT.shape:

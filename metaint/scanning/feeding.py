@@ -15,18 +15,19 @@ from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.measures import recurrence
+from metaint.models.protocol import Model
 from metaint.models.reading import random_tokens
 
 Predict = Callable[[Tensor], Tensor]
 
 
-def takes_vectors(model: Any) -> bool:
+def takes_vectors(model: Model) -> bool:
     """Whether the model reads vectors, and not token ids."""
     return getattr(model.cfg, "d_in", None) is not None
 
 
 def predictor(
-    model: Any, vectors: Tensor, embedding: Tensor | None, readout: Predict | None, batch_size: int, seed: int
+    model: Model, vectors: Tensor, embedding: Tensor | None, readout: Predict | None, batch_size: int, seed: int
 ) -> tuple[Predict, int]:
     """What predicts, and how many sequences it was fitted on, the first ones."""
     if takes_vectors(model):
@@ -39,7 +40,7 @@ def predictor(
     return lambda x: fitted(fed(x)).to(x.dtype), half
 
 
-def _fed(model: Any, vectors: Tensor, embedding: Tensor | None, seed: int) -> Predict:
+def _fed(model: Model, vectors: Tensor, embedding: Tensor | None, seed: int) -> Predict:
     """A model as a function from vectors to its last stream, which is the only trace of a pass."""
     d, width = vectors.shape[2], int(model.cfg.d_model)
     if embedding is not None and embedding.shape != (d, width):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.models.describe import check_open
+from metaint.models.protocol import Model
 from metaint.models.tokens import check_tokens, encoded, first_id, starts_with_bos
 from metaint.tasks.repeated import repeated_tokens
 from metaint.tasks.text import text_windows
@@ -42,7 +43,7 @@ class Given:
 
 
 def given_inputs(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch position"] | str | None,
     *,
     attention_mask: Tensor | None = None,
@@ -83,7 +84,7 @@ def whole(value: Any, name: str) -> int:
 
 
 def default_tokens(
-    model: Any,
+    model: Model,
     length: int = 50,
     batch: int = 10,
     seed: int = 0,
@@ -117,7 +118,7 @@ def default_tokens(
     return repeated_tokens(vocab, min(length, longest), batch=batch, bos=first, ids=ids, seed=seed)
 
 
-def _ordinary(model: Any, length: int) -> tuple[int, set[int]]:
+def _ordinary(model: Model, length: int) -> tuple[int, set[int]]:
     """How many ids can be drawn from, and which of them have a meaning of their own."""
     vocab = int(model.cfg.d_vocab)
     tokenizer = getattr(model, "tokenizer", None)
@@ -127,7 +128,7 @@ def _ordinary(model: Any, length: int) -> tuple[int, set[int]]:
 
 
 def text_tokens(
-    model: Any, text: str, length: int, windows: int, seed: int | None = 0, bos: bool | None = None
+    model: Model, text: str, length: int, windows: int, seed: int | None = 0, bos: bool | None = None
 ) -> Int[Tensor, "batch position"]:
     """Windows of a text in the model's own tokens, each after its BOS if it wants one.
 

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from metaint.errors import InputError, StoreError
 from metaint.models.describe import facts_of
+from metaint.models.protocol import Model
 from metaint.probes.probe import Probe
 from metaint.scanning.given import given_inputs, whole
 from metaint.scanning.record_store import append, create, layout_of, trim, with_step, writing
@@ -62,7 +63,7 @@ class Recorder:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         probes: Sequence[Probe],
         *,
         every: int | Iterable[int] | Callable[[int], bool],
@@ -252,13 +253,13 @@ def _number(name: str, value: Any) -> float:
     )
 
 
-def _parameters(model: Any) -> set[int]:
+def _parameters(model: Model) -> set[int]:
     roots = (model, getattr(model, "original_model", None))
     return {id(parameter) for root in roots if root is not None for parameter in root.parameters()}
 
 
 @contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
+def _undisturbed(model: Model) -> Iterator[None]:
     """The random states of torch, NumPy and Python come back; autocast is off, whose cache would lose gradients."""
     devices, python, numpy = {p.device for p in model.parameters()}, random.getstate(), np.random.get_state()
     try:

@@ -24,6 +24,7 @@ from metaint.models.audit import holds, require
 from metaint.models.describe import facts_of, is_causal
 from metaint.models.invariants import score_hooks
 from metaint.models.parameters import chosen
+from metaint.models.protocol import Model
 from metaint.models.reading import steady
 from metaint.models.scaled_pass import Batch, ScaledPass, published_pass, scaled_pass
 from metaint.scanning.given import given_inputs, whole
@@ -34,7 +35,7 @@ PUBLISHED = 1000.0
 
 
 def saturate(
-    model: Any,
+    model: Model,
     tokens: Tensor | str | None = None,
     scales: Sequence[float] = SCALES,
     *,
@@ -100,7 +101,7 @@ def saturate(
     return as_scan({"saturation": sweep.to_dataset()}, facts_of(model), {**given.facts, **(attributes or {})})
 
 
-def _check_scales(model: Any, scales: Sequence[float], allow_folded: bool) -> tuple[float, ...]:
+def _check_scales(model: Model, scales: Sequence[float], allow_folded: bool) -> tuple[float, ...]:
     """The scales in rising order, 1 among them; InputError for what can't be swept with this model."""
     rising = tuple(sorted({1.0, *(float(scale) for scale in scales)}))
     for scale in rising:
@@ -118,7 +119,7 @@ class _Sweep:
     """Sums over batches of what `saturate` reports: each batch at every scale in turn, nothing kept of it."""
 
     def __init__(
-        self, model: Any, scales: tuple[float, ...], positions: int, seed: int, faithful: bool, allow_folded: bool
+        self, model: Model, scales: tuple[float, ...], positions: int, seed: int, faithful: bool, allow_folded: bool
     ) -> None:
         self.model, self.scales, self.positions, self.seed = model, scales, positions, seed
         require(model, ["stream"])

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from metaint.errors import InputError
 from metaint.models.inputs import InputWatch, watching
+from metaint.models.protocol import Model
 from metaint.models.reading import steady
 from metaint.probes.heads import HeadProbe
 from metaint.probes.probe import Probe, quietly
@@ -20,7 +21,7 @@ from metaint.scans.assemble import assemble
 
 
 @contextmanager
-def attach(model: Any, *probes: Probe) -> Iterator[Any]:
+def attach(model: Model, *probes: Probe) -> Iterator[Any]:
     """Let probes read every forward pass inside the `with` block, whoever runs it and whatever it is fed.
 
     Token ids, the padding of an `attention_mask` and the length of a key-value cache are learnt from the passes
@@ -42,7 +43,7 @@ def attach(model: Any, *probes: Probe) -> Iterator[Any]:
 
 
 @contextmanager
-def _attached(model: Any, probes: Sequence[Probe], private: bool) -> Iterator[None]:
+def _attached(model: Model, probes: Sequence[Probe], private: bool) -> Iterator[None]:
     """`private`: nobody else wants the logits of these passes, so they are made where probes look at them."""
     if not probes:
         raise InputError("probes is empty: pass one, such as metaint.HeadProbe().")
@@ -58,7 +59,7 @@ def _attached(model: Any, probes: Sequence[Probe], private: bool) -> Iterator[No
 
 
 def scan(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch position"] | str | None = None,
     probes: Sequence[Probe] | None = None,
     *,

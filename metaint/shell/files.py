@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from metaint.models.protocol import Model
 from metaint.shell.common import check, console, open_model
 
 _FORMATS = ("csv", "parquet", "headvis")
@@ -46,7 +47,7 @@ def _views(scan: Any, circuit: Path | None, name: str | None, text: Path | None)
     return {"Attention of labelled heads": metaint.show_attention(model, tokens, heads, how="canvas")}
 
 
-def _shown(model: Any, text: Path | None) -> Any:
+def _shown(model: Model, text: Path | None) -> Any:
     """One sequence: the beginning of a text, or a block of random tokens twice."""
     from metaint.scanning.given import default_tokens, text_tokens
     from metaint.tasks import read_text

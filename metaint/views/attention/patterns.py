@@ -24,6 +24,7 @@ from torch import Tensor
 from metaint.errors import ActivationError, HookAuditError, InputError
 from metaint.models.describe import check_open, is_causal
 from metaint.models.heads import head_of
+from metaint.models.protocol import Model
 from metaint.models.reading import steady, tolerance, widen
 from metaint.models.tokens import check_tokens, encoded
 from metaint.views.attention.canvas import MOST_CELLS, attention_canvas, canvas_script
@@ -38,7 +39,7 @@ _SOURCE = "The weights that the model attends with, read at TransformerLens's ho
 
 
 def show_attention(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "*position"] | str,
     heads: Sequence[str] | str | None = None,
     *,
@@ -94,7 +95,7 @@ def show_attention(
     return _circuitsvis(patterns, names, labels, is_causal(model))
 
 
-def _head_names(model: Any, heads: Sequence[str] | str | None) -> list[str]:
+def _head_names(model: Model, heads: Sequence[str] | str | None) -> list[str]:
     if heads is None:
         return [f"{layer}.{head}" for layer in range(int(model.cfg.n_layers)) for head in range(int(model.cfg.n_heads))]
     chosen = [head_of(model, name) for name in ([heads] if isinstance(heads, str) else heads)]
@@ -110,7 +111,7 @@ def _window(window: tuple[int, int] | None, length: int) -> tuple[int, int]:
     return start, stop
 
 
-def _patterns(model: Any, tokens: Tensor, names: list[str], shown: slice) -> Float[np.ndarray, "head token token"]:
+def _patterns(model: Model, tokens: Tensor, names: list[str], shown: slice) -> Float[np.ndarray, "head token token"]:
     """The chosen heads' weights in the window, in the order of their names."""
     by_layer: dict[str, list[int]] = {}
     for name in names:

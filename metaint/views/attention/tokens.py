@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaint.errors import InputError
+from metaint.models.protocol import Model
 from metaint.models.tokens import encoded
 from metaint.views.drawing.view import View
 
@@ -26,7 +27,7 @@ def show_tokens(
     tokens: Sequence[str] | Int[Tensor, "*position"] | str,
     values: Float[Tensor, " position"] | Float[np.ndarray, " position"] | Sequence[float],
     *,
-    model: Any = None,
+    model: Model | None = None,
 ) -> View:
     """Tokens coloured by their values: white at 0, blue above, vermilion below; the value is shown under the pointer.
 
@@ -59,7 +60,7 @@ def show_tokens(
     )
 
 
-def token_labels(model: Any, ids: Sequence[int]) -> list[str]:
+def token_labels(model: Model, ids: Sequence[int]) -> list[str]:
     """What is written for token ids: as the model's tokenizer writes them, spaces and line ends as signs, else ids."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:

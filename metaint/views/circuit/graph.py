@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.models.heads import head_of
+from metaint.models.protocol import Model
 from metaint.views.attention.patterns import show_attention
 from metaint.views.circuit.picture import Nodes, picture
 from metaint.views.circuit.words import heading, plain, value
@@ -32,7 +33,7 @@ _SOURCE = (
 
 def show_circuit(
     circuit: networkx.DiGraph,
-    model: Any = None,
+    model: Model | None = None,
     tokens: Int[Tensor, "*position"] | str | None = None,
     *,
     window: tuple[int, int] | None = None,
@@ -141,7 +142,7 @@ def _rows(circuit: networkx.DiGraph, nodes: Nodes) -> list[list[str]]:
     return list(rows.values())
 
 
-def _of_model(model: Any, heads: Sequence[str]) -> list[str]:
+def _of_model(model: Model, heads: Sequence[str]) -> list[str]:
     """The heads as they are; InputError for one that the model hasn't."""
     for name in heads:
         try:

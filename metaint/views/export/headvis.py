@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaint.errors import InputError, StoreError
+from metaint.models.protocol import Model
 from metaint.models.tokens import check_tokens, encoded
 from metaint.probes.heads import HeadProbe
 from metaint.scans.labels import heads_of
@@ -154,7 +155,7 @@ def _checked(scan: xr.DataTree, model: Any, tokens: Any) -> xr.Dataset:
 
 
 def _read(
-    scan: xr.DataTree, model: Any, tokens: Any, mask: Any, batch_size: int, known: Numbers
+    scan: xr.DataTree, model: Model, tokens: Any, mask: Any, batch_size: int, known: Numbers
 ) -> tuple[Numbers, Examples]:
     """The metrics and examples of the model on the tokens, if they are those of the scan."""
     if isinstance(tokens, str) and getattr(model, "tokenizer", None) is None:

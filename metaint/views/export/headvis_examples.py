@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaint.errors import ActivationError
+from metaint.models.protocol import Model
 from metaint.models.reading import steady, widen
 
 # Intervals of the largest weight, examples in each and in the highest, how sparse patterns are kept.
@@ -39,7 +40,7 @@ _Visit = Callable[[int, int, Float[Tensor, "head query key"]], None]
 
 
 def measured(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "sequence position"],
     real: Bool[Tensor, "sequence position"],
     batch_size: int,
@@ -88,7 +89,7 @@ def measured(
 
 
 def _visit(
-    model: Any, tokens: Tensor, real: Bool[Tensor, "sequence position"], rows: Sequence[int], size: int, see: _Visit
+    model: Model, tokens: Tensor, real: Bool[Tensor, "sequence position"], rows: Sequence[int], size: int, see: _Visit
 ) -> None:
     """Show the pattern of each of these sequences, without its padding, layer by layer."""
     for start in range(0, len(rows), size):
@@ -155,7 +156,7 @@ def sparse(pattern: Float[Tensor, "query key"]) -> tuple[list[int], list[float]]
     return places[enough][order].tolist(), values[enough][order].cpu().double().numpy().round(4).tolist()
 
 
-def _texts(model: Any, ids: list[int]) -> list[str]:
+def _texts(model: Model, ids: list[int]) -> list[str]:
     tokenizer = getattr(model, "tokenizer", None)
     return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
 
