@@ -184,6 +184,10 @@ class SaturationProbe(Probe):
             self.gaps = torch.zeros(3, layers, n_heads, saturation.GAP_BINS, **new)
         self.tokens_seen = self.tokens_seen + rows.real.sum()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to one pass or one model, which `prepare` and the next pass bring again."""
+        return {**super().__getstate__(), "_patterns": None, "_held": {}, "_changed": None}
+
     # ---- attention ----------------------------------------------------------------------------------------------
 
     def _read_attention(self, layer: int, pattern: Tensor, value: Tensor, z: Tensor) -> Tensor | None:

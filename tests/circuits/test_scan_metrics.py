@@ -118,7 +118,7 @@ def test_effects_are_those_of_a_scan_with_plain_hooks(kind, positions, variable)
         assert float(effect) == pytest.approx(expected, abs=1e-6)
         if part.endswith(" 1") and model.cfg.n_layers == 2:
             assert float(effect) == 0
-    assert abs(float(found["attn_effect"].sel(layer=0))) > 1e-5
+    assert abs(float(found["attn_effect"].sel(layer=0))) > 2e-6  # what the comparisons above can't take for nothing
     assert found["set_effect"].item() != 0
     assert found.attrs["passes"] == "from the ablated layer" or not is_causal(model)
 
