@@ -262,6 +262,28 @@ class Plan:
     ) -> Float[Tensor, "batch kind head"]:
         """Weight on the targets of each kind, summed over queries."""
         batch, query, key = self.pairs
-        out = torch.zeros(len(self.matches) * len(pattern), pattern.shape[1], dtype=dtype, device=pattern.device)
-        out.index_add_(0, self.slot, pattern[batch, :, query, key].to(dtype))
-        return out.view(len(self.matches), len(pattern), -1).transpose(0, 1)
+        return self._summed(pattern[batch, :, query, key].to(dtype), len(pattern)).transpose(0, 1)
+
+    def share_on_targets(
+        self,
+        pattern: Float[Tensor, "batch head query key"],
+        lengths: Float[Tensor, "batch head key"],
+        total: Float[Tensor, "batch head query"],
+        dtype: torch.dtype,
+    ) -> tuple[Float[Tensor, "kind batch head"], Float[Tensor, "kind batch head"]]:
+        """Weight times `lengths` of the targets, over the row's `total`, summed over queries; and the queries.
+
+        A head whose row has no length at all is not counted there.
+        """
+        batch, query, key = self.pairs
+        whole = total[batch, :, query]
+        weights = pattern[batch, :, query, key].to(whole.dtype) * lengths[batch, :, key]
+        shares = torch.where(whole > 0, weights / whole, 0.0)
+        queries = torch.einsum("kbq,bhq->kbh", (self.matches > 0).to(dtype), (total > 0).to(dtype))
+        return self._summed(shares.to(dtype), len(pattern)), queries
+
+    def _summed(self, of_pairs: Float[Tensor, "pair head"], batch: int) -> Tensor:
+        """Sums [kind, batch, head] of what stands at the pairs."""
+        out = torch.zeros(len(self.matches) * batch, of_pairs.shape[1], dtype=of_pairs.dtype, device=of_pairs.device)
+        out.index_add_(0, self.slot, of_pairs)
+        return out.view(len(self.matches), batch, -1)
