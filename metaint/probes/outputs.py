@@ -25,6 +25,7 @@ from metaint.probes.means import Means, as_dataset
 from metaint.probes.outputs_variables import variables_of, written
 from metaint.probes.probe import Probe
 from metaint.probes.stream import Rows, precise, widened_copy
+from metaint.probes.value_weights import share_on_targets
 
 _KINDS = tuple(measure for measure in HEAD_MEASURES if measure.form == "kind")
 
@@ -171,7 +172,7 @@ class OutputProbe(Probe):
             self._held["pattern"] = widen(pattern[rows[:, None], :, self._rows.index]).transpose(1, 2)
         lengths = self._held["lengths"]
         total = outputs.weighted_rows(pattern, lengths)
-        kinds = self._plan.share_on_targets(pattern, lengths, total, self.heads[-1].dtype)
+        kinds = share_on_targets(self._plan, pattern, lengths, total, self.heads[-1].dtype)
         for kind, shares, counts in zip(self.kinds, *kinds, strict=True):
             self._add(layer, **{written(kind): shares, f"{written(kind)} queries": counts})
 
