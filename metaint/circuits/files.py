@@ -13,7 +13,7 @@ from typing import Any
 import networkx
 
 from metaint.errors import InputError, StoreError
-from metaint.scans.store import write_text
+from metaint.scans.whole import write_text
 
 _BY = ("q", "k", "v")
 
