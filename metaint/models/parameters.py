@@ -146,6 +146,13 @@ def scaled(model: Model, c: float, select: Select = "all", *, allow_folded: bool
     return Swapped(pairs, model)
 
 
+def check_finite(model: Model) -> None:
+    """InputError, which names it, for a parameter with NaN or infinity: its norm and spectrum are no numbers."""
+    for name, parameter in own_parameters(model).items():
+        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
+            raise InputError(f"model has NaN or infinity in {name}: its weights cannot be measured, so open it anew.")
+
+
 def _all_parameters(model: Model) -> dict[str, Tensor]:
     """Every parameter of a model and of the model that it wraps, by a name of its own."""
     roots = {"": model, "wrapped.": getattr(model, "original_model", None)}
