@@ -91,7 +91,7 @@ BAD = [
     (["scan", "FOLDER", "--json", "--csv"], "--json and --csv were both given: choose one format"),
     (["scan", "FOLDER", "--text", "WORDS", "--length", "999"], "length is 999: this model reads windows of 2 to 128"),
     (["scan", "FOLDER", "--tokens", "0"], "--tokens is 0: it must be at least 1"),
-    (["scan", "FOLDER", "--batch-size", "0"], "batch_size is 0: it must be at least 1"),
+    (["scan", "FOLDER", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
     (["scan", "FOLDER", "--dtype", "int8"], "dtype is 'int8': choose one of float32"),
     (["scan", "FOLDER", "--device", "abacus"], "device is 'abacus'"),
     (["scan", "FOLDER", "--out", "scan.txt"], "--out is scan.txt: give it a name that ends in .zarr"),
@@ -184,7 +184,7 @@ def test_the_inner_lab_writes_its_folder(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--windows", 1], "--windows is 1: at least 2 sequences tell an interval."),
+        (["--windows", 1], "--windows is 1: it must be at least 2."),
         (["--positions", 0], "--positions is 0: it must be at least 1."),
         (["--length", 2], "--length is 2: it must be at least 3."),
     ],
@@ -331,7 +331,7 @@ def test_saturate(run, folder, tmp_path):
         (["--scales", "1,x"], "--scales is '1,x': join numbers by commas, such as 1,2,4."),
         (["--scales", ""], "--scales is '': join numbers by commas, such as 1,2,4."),
         (["--scales", "-1"], "scales has -1: parameters can be multiplied by finite numbers above 0."),
-        (["--batch-size", 0], "batch_size is 0: it must be at least 1."),
+        (["--batch-size", 0], "--batch-size is 0: it must be at least 1."),
         (["--figures", "page"], "--figures is page: give it a name that ends in .html."),
     ],
 )
