@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from metaint.errors import StoreError
+from metaint.scans.outgoing import writable
 
 try:
     import fcntl
@@ -59,7 +60,7 @@ def write_text(path: Path, text: str) -> None:
         _clean(path)
         try:
             with aside.open("w", encoding="utf-8") as file, _locked(aside):
-                file.write(text)
+                file.write(writable(text))
                 file.flush()
                 os.fsync(file.fileno())
                 aside.replace(path)

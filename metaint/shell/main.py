@@ -256,12 +256,13 @@ def _probe_names(given: str) -> list[str]:
 def _as_text(result: Any, chosen: list[str], as_json: bool) -> str:
     """A scan for machines: JSON of every group, or the table of the one group as CSV."""
     from metaint.views.export.scan_json import scan_json
+    from metaint.views.export.tables import csv_safe
     from metaint.views.groups.catalogue import VIEWS
 
     if as_json:
         return scan_json(result)
     frame = next(iter(VIEWS[chosen[0]].frames.values()))
-    return frame(result).to_csv(index=False).rstrip("\n")
+    return csv_safe(frame(result)).to_csv(index=False).rstrip("\n")
 
 
 def _keep(result: Any, out: Path | None, figures: Path | None) -> None:
