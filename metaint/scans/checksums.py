@@ -105,6 +105,8 @@ def _lasting(folder: Path, name: str, records: int | None, arrays: dict[str, Any
     shape = about["chunk_grid"]["configuration"]["chunk_shape"]
     first = int(name.partition("/c/")[2].split("/")[0]) * shape[0]
     row = math.prod(shape[1:]) * _item_size(about)
+    if len(content) != shape[0] * row:
+        raise ValueError
     return content[: min(shape[0], records - first) * row]
 
 

@@ -291,7 +291,8 @@ def test_export_of_a_circuit(run, tmp_path):
         (["c.graphml", "-o", "c.txt"], "--out is c.txt: give it a name that ends in .json."),
         (["c.graphml", "-o", "c.json", "--as", "csv"], "--as is 'csv', and c.graphml is a circuit: leave it out."),
         (["taken.txt", "-o", "t"], "taken.txt is not a Zarr store: give the folder that save or --out wrote."),
-        (["torn.zarr", "-o", "t"], "torn.zarr is damaged: heads/entropy/zarr.json does not hold what was written there."),
+        (["torn.zarr", "-o", "t"],
+         "torn.zarr is damaged: heads/entropy/zarr.json does not hold what was written there."),
     ],
 )  # fmt: skip
 def test_what_can_not_be_exported_is_one_sentence(run, store, tmp_path, monkeypatch, arguments, sentence):
