@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError, MetaintError, StoreError
 
 Model = Annotated[
     str, typer.Argument(help="toy, smollm2, a Hugging Face name (gpt2), a folder in its format, or a .gguf file.")
@@ -89,6 +89,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
     """What another program wrote lacks what we look for, wherever that is noticed: one sentence."""
     try:
         yield
+    except MetaintError:
+        raise
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise StoreError(f"{path} is no {what} of metaint's ({type(error).__name__}: {error}).") from error
 
