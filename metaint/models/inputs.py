@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.models.protocol import Model
+from metaint.models.tokens import check_mask
 
 
 class Inputs(NamedTuple):
@@ -109,6 +110,8 @@ class InputWatch:
                 f"attention_mask has {mask.ndim} dimensions: padding is read from a mask of shape "
                 "[batch, position] with 1 for real tokens."
             )
+        else:
+            check_mask(mask)
         mask = mask.to(device).bool()
         if mask.shape[1] == queries != total:
             before = self._previous.mask if self._previous else torch.ones(batch, past, device=device)
