@@ -10,17 +10,25 @@ from typing import Any
 
 import torch
 
-from metaint.errors import ModelError
+from metaint.errors import MetaintError, ModelError
+from metaint.models.loading import Loader, Missing
 
 
-def boot(name: str, local: bool, **options: Any) -> Any:
-    """Open by name, or the folder `name` if it is `local`; options that are None are left out."""
+def boot(name: str, local: bool, missing: Missing = "refuse", **options: Any) -> Any:
+    """Open by name, or the folder `name` if it is `local`; options that are None are left out.
+
+    `missing` is of weights that the checkpoint lacks; version 2 of TransformerLens, which knows its models, is not
+    asked.
+    """
     hint = (
         "check that the folder holds config.json, the weights and a tokenizer"
         if local
         else "check the spelling, or the network if it is not in the local cache; 'toy' and folders need none"
     )
-    return _boot(name, hint, options)
+    loader = Loader(missing)
+    model = _boot(name, hint, options if _bridge() is None else {**options, "model_class": loader})
+    model.metaint_source = loader.facts
+    return model
 
 
 def boot_loaded(model: Any, tokenizer: Any, name: str) -> Any:
@@ -90,6 +98,8 @@ def _boot(name: str, hint: str, options: dict[str, Any]) -> Any:
         boot = bridge.boot_transformers
     try:
         return boot(name, **{option: value for option, value in options.items() if value is not None})
+    except MetaintError:
+        raise
     except Exception as error:  # every library below raises its own family here; the cause stays attached
         raise ModelError(f"model {name!r} could not be opened ({reason_of(error)}): {hint}.") from error
 

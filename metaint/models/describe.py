@@ -74,7 +74,8 @@ def weight_processing(model: Model) -> str:
 def facts_of(model: Model) -> dict[str, str | int]:
     """Attributes of a scan that belong to the model: name, revision, weight processing, dtype, device, sizes.
 
-    For a model out of a GGUF also `quantisation`, `source_file` and `source_sha256`.
+    For a model out of a GGUF also `quantisation`, `source_file` and `source_sha256`; for one whose checkpoint has not
+    all its weights, or more, `random_weights` and `unused_weights`.
     """
     cfg = model.cfg
     parameter = next(iter(model.parameters()), torch.empty(0))
