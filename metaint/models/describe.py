@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from metaint.errors import InputError
+from metaint.models.direction import is_causal as is_causal
 from metaint.models.protocol import Model
 
 
@@ -34,16 +35,9 @@ def check_open(model: Any) -> None:
 
 def shape_of(model: Model) -> Shape:
     """The shape of any model with a TransformerLens `cfg`."""
+    check_open(model)
     causal, cfg = is_causal(model), model.cfg
     return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model), int(cfg.d_model), sublayers_of(model))
-
-
-def is_causal(model: Model) -> bool:
-    """Whether queries see earlier keys alone; the bridge of TransformerLens 3.9 calls BERT causal, which it is not."""
-    check_open(model)
-    cfg = model.cfg
-    bert = "Bert" in str(getattr(cfg, "architecture", ""))
-    return not bert and getattr(cfg, "attention_dir", "causal") != "bidirectional"
 
 
 def windows_of(model: Model) -> tuple[int, ...]:

@@ -27,8 +27,11 @@ _EXPERTS |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 _GPT = {"vocab_size": D_VOCAB, "n_positions": N_CTX, "n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": N_HEADS}
 _OPT = {"vocab_size": D_VOCAB, "hidden_size": D_MODEL, "ffn_dim": 64, "num_hidden_layers": N_LAYERS}
 _OPT |= {"num_attention_heads": N_HEADS, "max_position_embeddings": N_CTX, **_SPECIAL}
-_SIDES = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in
-          (("layers", N_LAYERS), ("attention_heads", N_HEADS), ("ffn_dim", 64))}
+_SIDES = {
+    f"{side}_{what}": size
+    for side in ("encoder", "decoder")
+    for what, size in (("layers", N_LAYERS), ("attention_heads", N_HEADS), ("ffn_dim", 64))
+}
 _SEQUENCES = {**_SIDES, "vocab_size": D_VOCAB, "d_model": D_MODEL, "max_position_embeddings": N_CTX, **_SPECIAL}
 _SEQUENCES |= {"decoder_start_token_id": builders.EOS, "forced_eos_token_id": builders.EOS}
 _T5 = {"vocab_size": D_VOCAB, "d_model": D_MODEL, "d_kv": 8, "d_ff": 64, "num_layers": N_LAYERS, "num_heads": N_HEADS}
