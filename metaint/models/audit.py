@@ -187,11 +187,18 @@ def _judge(name: str, check: _Check, trial: Trial) -> Finding:
     except Unavailable as missing:
         return Finding(name, check.if_missing, math.nan, missing.hook, _sentence(str(missing)))
     except Exception as error:
-        note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        return Finding(name, "unavailable", math.nan, "", _sentence(note))
+        return Finding(name, "unavailable", math.nan, "", _sentence(_missing(error)))
     if worst <= tolerance(_dtype(trial.model)):
         return Finding(name, "holds", difference, where, _sentence(check.statement))
     return Finding(name, "fails", difference, where, _sentence(f"it should hold that {check.statement}"))
+
+
+def _missing(error: Exception) -> str:
+    """Why a check can't be made, from what a model or PyTorch said of it."""
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        return "the shapes of what the check needs don't fit each other in this model"
+    words = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"the model does not have what the check needs ({words.split('. ')[0].rstrip('.')})"
 
 
 def _compare(pair: Pair) -> tuple[float, float]:

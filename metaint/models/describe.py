@@ -26,11 +26,26 @@ class Shape:
 
 
 def check_open(model: Any) -> None:
-    """InputError for a model that transformers has loaded and nobody has opened: it has no hooks to read."""
+    """InputError for a model that transformers has loaded and nobody has opened, which has no hooks to read, and for
+    one that does not read a sequence of token ids alone."""
     if hasattr(model, "config") and not hasattr(model, "cfg"):
         raise InputError(
             f"model is a {type(model).__name__} of transformers: open it with metaint.open_model(model, tokenizer=...)."
         )
+    if reads := _reads_otherwise(model):
+        wrapped = type(getattr(model, "original_model", model)).__name__
+        raise InputError(f"model is a {wrapped}, {reads}: give one that reads one sequence of token ids.")
+
+
+def _reads_otherwise(model: Any) -> str:
+    """What a model reads beside or instead of one sequence of token ids; empty for the usual."""
+    if getattr(model.cfg, "is_visual_model", False):
+        return "which reads images"
+    if getattr(model.cfg, "is_audio_model", False):
+        return "which reads sound"
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    both = getattr(config, "is_encoder_decoder", False)
+    return "an encoder and a decoder, whose attention lies in two stacks" if both else ""
 
 
 def shape_of(model: Model) -> Shape:

@@ -6,16 +6,20 @@ their names. Transformers draws a missing weight at random and says so in a log 
 
 import re
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from metaint.errors import InputError, ModelError
 
 Missing = Literal["refuse", "allow"]
 _NAMED = 3  # so many weights are called by their names, the others counted
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+# Logits may differ by this share of the largest, between devices in bfloat16; a wrong bridge is off by half.
+_FAR = 0.1
 # What old checkpoints hold of what models compute by themselves: causal masks, rotary frequencies, positions.
 _COMPUTED = re.compile(r"(attn|attention)\.(bias|masked_bias)$|inv_freq$|position_ids$|token_type_ids$")
 
@@ -29,6 +33,9 @@ class Loader:
     def __init__(self, missing: Missing) -> None:
         self.missing: Missing = missing
         self.facts: dict[str, str] = {}
+        # What was loaded: the name of its class, and what it said before TransformerLens changed its modules.
+        self.kind = ""
+        self.reference: Tensor | None = None
 
     def from_pretrained(self, name: str, **options: Any) -> Any:
         """The model, with its missing weights drawn at random where `missing` allows that."""
@@ -39,7 +46,8 @@ class Loader:
         # Weights of another shape are asked for, so that they can be named; without that there is no word of which.
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, loading = _class_of(name, options).from_pretrained(name, **options)
-        self.facts = weight_facts(model, loading, name, self.missing)
+        self.facts, self.kind = weight_facts(model, loading, name, self.missing), type(model).__name__
+        self.reference = reference_logits(model)
         return model
 
 
@@ -62,6 +70,37 @@ def weight_facts(model: nn.Module, loading: Mapping[str, Any], name: str, missin
         )
     facts = {"random_weights": _names(random), "unused_weights": _names(left_over)}
     return {fact: names for fact, names in facts.items() if names}
+
+
+def reference_logits(model: Any) -> Tensor | None:
+    """What a model of transformers says of a few tokens, None for one that does not read tokens alone."""
+    training = model.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return model.eval()(_few_tokens(next(model.parameters()).device)).logits.float().cpu()
+    except Exception:  # every kind of model asks for something else: images, a second sequence, ...
+        return None
+    finally:
+        model.train(training)
+
+
+def check_logits(model: Any, reference: Tensor | None, kind: str) -> None:
+    """ModelError for a bridge with other logits than the model had by itself, by far more than a device explains."""
+    if reference is None:
+        return
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        logits = model.eval()(_few_tokens(next(model.parameters()).device))
+    difference = float((logits.float().cpu() - reference).abs().max())
+    largest = float(reference.abs().max())
+    if difference > _FAR * largest:
+        raise ModelError(
+            f"TransformerLens {version('transformer-lens')} gives a {kind} other logits than transformers does (by up "
+            f"to {difference:.3g}, the largest being {largest:.3g}): open it with another version of TransformerLens."
+        )
+
+
+def _few_tokens(device: torch.device) -> Tensor:
+    return torch.arange(4, 10, device=device)[None]
 
 
 def check_missing(missing: str) -> None:

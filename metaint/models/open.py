@@ -9,6 +9,7 @@ import torch
 
 from metaint.errors import InputError, ModelError
 from metaint.models.boot import boot, boot_loaded, fastest_device, require_bridge, same_weights
+from metaint.models.describe import check_open
 from metaint.models.gguf import gguf_in, open_gguf
 from metaint.models.loading import Missing, adapter_sentence, check_missing, has_weights
 
@@ -49,7 +50,8 @@ def open_model(
     ones in GPT-NeoX, and under TransformerLens 2 all weights: open the model again after such a change. Without a
     tokenizer, the one of its `config.name_or_path` is opened.
 
-    Raises ModelError if it cannot be opened, InputError for arguments that make no sense together.
+    Raises ModelError if it cannot be opened, or says something else than in transformers; InputError for a model that
+    does not read one sequence of token ids, and for arguments that make no sense together.
 
     >>> import metaint
     >>> metaint.open_model("models/none")  # doctest: +ELLIPSIS
@@ -63,17 +65,22 @@ def open_model(
         raise InputError("revision and checkpoint were both given: each names a state of training, choose one.")
     if not isinstance(model, str | Path):
         _check_loaded(model, revision=revision, checkpoint=checkpoint, device=device, dtype=dtype)
-        return _open_loaded(model, tokenizer).eval()
+        return _readable(_open_loaded(model, tokenizer))
     name = str(model)
     if tokenizer is not None:
         raise InputError(f"tokenizer was given with the name {name!r}: it goes with a loaded model, leave it out.")
     where = _where(name, missing)
     if where is None:
-        return _open_hub(name, revision, checkpoint, device, kind, missing).eval()
+        return _readable(_open_hub(name, revision, checkpoint, device, kind, missing))
     if revision is not None or checkpoint is not None:
         what = {"toy": "the toy", "smollm2": "smollm2"}.get(name, f"{name!r}, which is local,")
         raise InputError(f"{what} has no revisions or checkpoints: leave revision and checkpoint out.")
-    return where(device, kind).eval()
+    return _readable(where(device, kind))
+
+
+def _readable(model: Any) -> Any:
+    check_open(model)
+    return model.eval()
 
 
 def _where(name: str, missing: Missing) -> Callable[[str | None, torch.dtype], Any] | None:
