@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metaint.errors import HookAuditError, InputError, MetaintError, ModelError
-from metaint.models import invariants
+from metaint.models import invariants, layout
 from metaint.models.describe import check_open
 from metaint.models.direction import learn_direction, sharing_half
 from metaint.models.edits import effects_of
@@ -52,8 +52,8 @@ _ATTENTION = {
     "pattern_rows": _Check("each row of the pattern sums to one", invariants.pattern_rows),
     "pattern_causal": _Check("no query has weight on a later key", invariants.pattern_causal),
     "pattern_from_scores": _Check("softmax(q·k) gives the pattern", invariants.pattern_from_scores),
-    "direction": _Check("later tokens change earlier logits only where patterns see later keys", invariants.direction),
-    "head_shapes": _Check("hook_q, k, v and z are [batch, position, head, d_head]", invariants.head_shapes),
+    "direction": _Check("later tokens change earlier logits only where patterns see later keys", layout.direction),
+    "head_shapes": _Check("hook_q, k, v and z are [batch, position, head, d_head]", layout.head_shapes),
     "value_mix": _Check("hook_z is the pattern times hook_v", invariants.value_mix),
 }
 _WEIGHTS = {

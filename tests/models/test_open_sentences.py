@@ -8,7 +8,7 @@ import metaint
 from metaint.errors import InputError, ModelError
 from metaint.models import loading
 from tests.builders import hf_directory
-from tests.models.architectures import bridged, folder, needs_bridge
+from tests.models.architectures import bridged, needs_bridge
 
 pytestmark = needs_bridge
 LENS = version("transformer-lens")
@@ -18,7 +18,10 @@ LENS = version("transformer-lens")
     ("kind", "sentence"),
     [
         ("t5", "model is a T5ForConditionalGeneration, an encoder and a decoder, whose attention lies in two stacks"),
-        ("bart", "model is a BartForConditionalGeneration, an encoder and a decoder, whose attention lies in two stacks"),
+        (
+            "bart",
+            "model is a BartForConditionalGeneration, an encoder and a decoder, whose attention lies in two stacks",
+        ),
         ("marian", "model is a MarianMTModel, an encoder and a decoder, whose attention lies in two stacks"),
         ("vit", "model is a ViTForImageClassification, which reads images"),
     ],
