@@ -39,9 +39,10 @@ def check_open(model: Any) -> None:
 
 def _reads_otherwise(model: Any) -> str:
     """What a model reads beside or instead of one sequence of token ids; empty for the usual."""
-    if getattr(model.cfg, "is_visual_model", False):
+    cfg = getattr(model, "cfg", None)  # None for what is no model at all
+    if getattr(cfg, "is_visual_model", False):
         return "which reads images"
-    if getattr(model.cfg, "is_audio_model", False):
+    if getattr(cfg, "is_audio_model", False):
         return "which reads sound"
     config = getattr(getattr(model, "original_model", None), "config", None)
     both = getattr(config, "is_encoder_decoder", False)
