@@ -1,7 +1,8 @@
 """The parameters a model computes with: each once, by a readable name, and its place in the model.
 
 In: a model. Out: `own_parameters`, `place_of`, and `scaled`, which multiplies parameters for a while. Bridges keep the
-fused projections they were split from (`qkv` beside q, k, v), in GPT-2 as the same memory, in GPT-NeoX as a stale copy.
+fused projections they were split from (`qkv` beside q, k, v; `gate_up_proj` beside gate and in), in GPT-2 and Phi-3 as
+the same memory, in GPT-NeoX as a stale copy.
 """
 
 import re
@@ -35,7 +36,7 @@ class Place(NamedTuple):
 
 
 def own_parameters(model: Model) -> dict[str, Tensor]:
-    """The parameters that the model computes with, by name: tied ones once, stale fused projections not at all."""
+    """The parameters that the model computes with, by name: tied ones once, fused projections by their parts alone."""
     root: Any = model
     named = dict(nn.Module.named_parameters(root))
     wrapped = getattr(model, "original_model", None)  # which a bridge keeps outside its own modules
@@ -50,7 +51,25 @@ def own_parameters(model: Model) -> dict[str, Tensor]:
         if memory not in seen and not _is_stale(name, readable):
             seen.add(memory)
             own[name] = parameter
-    return own
+    fused = _made_of_others(own)
+    return {name: parameter for name, parameter in own.items() if name not in fused}
+
+
+def _made_of_others(parameters: Mapping[str, Tensor]) -> set[str]:
+    """Names of parameters whose memory is that of others, each of its elements once."""
+    sharing: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        sharing.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    whole: set[str] = set()
+    for names in sharing.values():
+        for name in names:
+            first = parameters[name].storage_offset()
+            end = first + parameters[name].numel()
+            others = [parameters[other] for other in names if other != name]
+            inside = [other.numel() for other in others if first <= other.storage_offset() < end]
+            if sum(inside) == parameters[name].numel() and len(inside) > 1:
+                whole.add(name)
+    return whole
 
 
 def _is_stale(name: str, names: dict[str, Any]) -> bool:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import HookAuditError, InputError
+from metaint.models.audit import mistrust_of_mask
 from metaint.models.describe import check_open
 from metaint.models.protocol import Model
 
@@ -44,7 +45,7 @@ def encoded(model: Model, tokens: Tensor | str) -> Tensor:
 
 
 def check_tokens(model: Model, tokens: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
-    """Tokens and mask on the model's device, or one sentence on what is wrong with them."""
+    """Tokens and mask on the model's device, or one sentence on what is wrong with them, or the model cannot do."""
     if not isinstance(tokens, Tensor):
         raise InputError(f"tokens is a {type(tokens).__name__}: pass a tensor of ids [batch, position], or a text.")
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
@@ -82,6 +83,8 @@ def check_tokens(model: Model, tokens: Any, attention_mask: Any = None) -> tuple
     empty = (~mask.bool().any(-1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"attention_mask hides every position of sequence {empty[0]}: drop that sequence.")
+    if mistrust := mistrust_of_mask(model, mask):
+        raise HookAuditError(mistrust)
     return tokens.to(device), mask.long().to(device)
 
 
