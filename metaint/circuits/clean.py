@@ -68,10 +68,12 @@ def clean_pass(
     clean = Clean(subject, tokens, places, reader=reader)
     hooks: list[Hook] = []
     for layer in subject.layers:
-        hooks.append((f"blocks.{layer}.attn.hook_z", partial(keep, slot=clean.z, key=layer)))
+        attends = layer in subject.shape.attending
+        if attends:
+            hooks.append((f"blocks.{layer}.attn.hook_z", partial(keep, slot=clean.z, key=layer)))
         if mlps:
             hooks.append((f"blocks.{layer}.hook_mlp_out", partial(keep_copy, slot=clean.mlp, key=layer)))
-        if patterns:
+        if patterns and attends:
             hooks.append((f"blocks.{layer}.attn.hook_pattern", partial(keep, slot=clean.patterns, key=layer)))
     hooks += [(name, partial(keep, slot=clean.read, key=name)) for name in also]
     if reader is not None:

@@ -58,7 +58,8 @@ def edit_hooks(
     already. With `preserve`, layers after the first that is changed attend as in the clean pass."""
     hooks: list[Hook] = []
     for layer in layers:
-        preserved = preserve and all(variant.start[0] < layer for variant in variants)
+        attends = layer in clean.subject.shape.attending
+        preserved = preserve and attends and all(variant.start[0] < layer for variant in variants)
         edits = _head_edits(variants, layer)
         held: dict[int, Tensor] = {}
         if preserved:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metaint.errors import HookAuditError, InputError, MetaintError, ModelError
 from metaint.models import invariants
-from metaint.models.describe import check_open
+from metaint.models.describe import attending_layers, check_open
 from metaint.models.folded import attention_input
 from metaint.models.invariants import Pair, Trial
 from metaint.models.protocol import Model
@@ -189,14 +189,15 @@ def _try_edits(model: Model, name: str) -> Finding:
     n_layers, hook = int(model.cfg.n_layers), _EDITS[name]
     tokens = random_tokens(model, 1, TOKENS).repeat(n_layers + 2, 1)
     change = _other_pattern if name == "edit_pattern" else _other_values
-    edits = {f"blocks.{layer}.{hook}": _edit_row(change, layer + 1) for layer in range(n_layers)}
+    layers = attending_layers(model) if hook.startswith("attn.") else range(n_layers)
+    edits = {f"blocks.{layer}.{hook}": _edit_row(change, layer + 1) for layer in layers}
     try:
         logits = logits_after(model, tokens, edits)
     except Unavailable as missing:
         return Finding(name, "unavailable", math.nan, missing.hook, _sentence(str(missing)))
     effects = (logits[1:] - logits[:1]).abs().flatten(1).amax(1).tolist()
     noise = max(10 * effects.pop(), torch.finfo(logits.dtype).eps * float(logits[0].abs().max()))
-    effect, weakest = min((effect, layer) for layer, effect in enumerate(effects))
+    effect, weakest = min((effects[layer], layer) for layer in layers)
     where, short = f"blocks.{weakest}.{hook}", hook.removeprefix("attn.")
     if effect > noise:
         return Finding(name, "holds", effect, where, _sentence(f"an edit at {short} changes the logits"))

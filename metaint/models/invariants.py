@@ -14,7 +14,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaint.models.describe import is_causal
+from metaint.models.describe import attending_layers, by_layer, is_causal
 from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
 from metaint.models.protocol import Model
 from metaint.models.reading import Reading, Unavailable, widen
@@ -40,6 +40,11 @@ class Trial(NamedTuple):
     def layers(self) -> range:
         return range(int(self.model.cfg.n_layers))
 
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that attend."""
+        return attending_layers(self.model)
+
 
 def pattern_hook(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_pattern"
@@ -49,14 +54,14 @@ def pattern_fires(trial: Trial) -> Iterator[Pair]:
     """The shape of every pattern, which should be [batch, head, query, key]."""
     batch, length = trial.reading.logits.shape[:2]
     expected = torch.tensor([batch, int(trial.model.cfg.n_heads), length, length])
-    for layer in trial.layers:
+    for layer in trial.attending:
         shape = trial.reading[pattern_hook(layer)].shape
         yield Pair(pattern_hook(layer), torch.tensor(shape), expected)
 
 
 def pattern_order(trial: Trial) -> Iterator[Pair]:
     """Whether the pattern is there when hook_z fires; BERT's bridge tells of it afterwards."""
-    for layer in trial.layers:
+    for layer in trial.attending:
         z = f"blocks.{layer}.attn.hook_z"
         if z not in trial.reading:
             raise Unavailable(f"the hook {z} never fired", z)
@@ -65,7 +70,7 @@ def pattern_order(trial: Trial) -> Iterator[Pair]:
 
 
 def pattern_rows(trial: Trial) -> Iterator[Pair]:
-    for layer in trial.layers:
+    for layer in trial.attending:
         rows = trial.reading[pattern_hook(layer)].sum(-1)
         yield Pair(pattern_hook(layer), rows, torch.ones_like(rows))
 
@@ -73,7 +78,7 @@ def pattern_rows(trial: Trial) -> Iterator[Pair]:
 def pattern_causal(trial: Trial) -> Iterator[Pair]:
     if not is_causal(trial.model):
         raise Unavailable("queries may attend to later keys, since the model is bidirectional")
-    for layer in trial.layers:
+    for layer in trial.attending:
         later = trial.reading[pattern_hook(layer)].triu(1)
         yield Pair(pattern_hook(layer), later, torch.zeros_like(later), magnitude=1.0)
 
@@ -82,7 +87,7 @@ def pattern_from_scores(trial: Trial) -> Iterator[Pair]:
     """softmax(q·k) against the pattern. Errors of a softmax scale with the scores, hence the magnitude."""
     rotated = any(name.endswith("hook_rot_q") for name in trial.reading.activations)
     names = score_hooks(trial.model, rotated)
-    for layer in trial.layers:
+    for layer in trial.attending:
         query, key = (trial.reading[f"blocks.{layer}.attn.{name}"] for name in names)
         scoring = scoring_of(trial.model, layer)
         scores = scoring.scores(query, key)
@@ -96,7 +101,8 @@ def score_hooks(model: Model, rotated: bool | None = None) -> tuple[str, str]:
     positions = str(getattr(model.cfg, "positional_embedding_type", "standard"))
     if positions in ("alibi", "relative_positional_bias"):
         raise Unavailable(f"positions enter the scores as a bias ({positions}) that no hook carries")
-    rotated = "blocks.0.attn.hook_rot_q" in model.hook_dict if rotated is None else rotated
+    first = f"blocks.{attending_layers(model)[0]}.attn.hook_rot_q"
+    rotated = first in model.hook_dict if rotated is None else rotated
     return ("hook_rot_q", "hook_rot_k") if positions == "rotary" or rotated else ("hook_q", "hook_k")
 
 
@@ -181,7 +187,7 @@ def _window(model: Model, layer: int) -> int:
 
 
 def value_mix(trial: Trial) -> Iterator[Pair]:
-    for layer in trial.layers:
+    for layer in trial.attending:
         attention = f"blocks.{layer}.attn"
         pattern, z = trial.reading[pattern_hook(layer)], trial.reading[f"{attention}.hook_z"]
         value = repeat_heads(trial.reading[f"{attention}.hook_v"], pattern.shape[1], 2)
@@ -190,8 +196,8 @@ def value_mix(trial: Trial) -> Iterator[Pair]:
 
 
 def output_sum(trial: Trial) -> Iterator[Pair]:
-    weights = trial.model.W_O  # which a bridge makes anew at each call
-    for layer in trial.layers:
+    weights = by_layer(trial.model, "W_O")  # which a bridge makes anew at each call
+    for layer in trial.attending:
         name = _attention_output(trial, layer)
         z = trial.reading[f"blocks.{layer}.attn.hook_z"]
         summed = einsum(z, widen(weights[layer]), OUT_OF_HEADS)
@@ -225,8 +231,8 @@ def weights_value(trial: Trial) -> Iterator[Pair]:
 
 def _projection(trial: Trial, letter: str) -> Iterator[Pair]:
     """W and b against the hook, from whichever form of the attention's input lies nearest."""
-    weights = getattr(trial.model, f"W_{letter}")
-    for layer in trial.layers:
+    weights = by_layer(trial.model, f"W_{letter}")
+    for layer in trial.attending:
         actual = trial.reading[f"blocks.{layer}.attn.hook_{letter.lower()}"]
         weight = thin_heads(widen(weights[layer]), actual.shape[2])
         bias = thin_heads(bias_of(trial.model, f"b_{letter}", layer, actual), actual.shape[2])
@@ -293,6 +299,6 @@ def unembedding(trial: Trial) -> Iterator[Pair]:
 def bias_of(model: Model, name: str, layer: int, like: Tensor) -> Tensor:
     """The layer's bias, or zeros: of a missing one bridges say AttributeError in 4.x, TypeError in 3.x."""
     try:
-        return widen(getattr(model, name)[layer])
+        return widen(by_layer(model, name)[layer])
     except (AttributeError, TypeError):
         return torch.zeros(like.shape[2:], device=like.device, dtype=like.dtype)

@@ -73,7 +73,7 @@ class HeadProbe(Probe):
         return max((place.stop for place in self.slots.values()), default=0)
 
     def hook_names(self, shape: Shape) -> list[str]:
-        return [f"blocks.{layer}.attn.hook_pattern" for layer in range(shape.n_layers)]
+        return [f"blocks.{layer}.attn.hook_pattern" for layer in shape.attending]
 
     def update(self, name: str, activation: Float[Tensor, "batch head query key"], watch: InputWatch) -> None:
         """Fold the rows of one layer's pattern into the sums of the sequences they belong to."""
@@ -171,6 +171,7 @@ class HeadProbe(Probe):
         shape = self._shape or Shape(0, 0, True)
         coords: dict[str, Any] = {"layer": range(shape.n_layers), "head": range(shape.n_heads)}
         coords["window"] = ("layer", list(shape.windows) or [0] * shape.n_layers)
+        coords["layer_kind"] = ("layer", list(shape.layer_kinds) or ["attention"] * shape.n_layers)
         if any(value.ndim == 3 for value in variables.values()):
             coords["tau"] = list(TAUS)
         each = ("layer", "head")

@@ -114,7 +114,9 @@ class SaturationProbe(Probe):
     def hook_names(self, shape: Shape) -> list[str]:
         pattern = ["hook_pattern"] if self._patterns is None else self._score_hooks
         parts = [*(f"attn.{name}" for name in ("hook_v", *pattern, "hook_z")), "hook_resid_post"]
-        return [f"blocks.{layer}.{part}" for layer in range(shape.n_layers) for part in parts]
+        last = parts.pop()
+        names = [f"blocks.{layer}.{part}" for layer in shape.attending for part in parts]
+        return [*names, *(f"blocks.{layer}.{last}" for layer in range(shape.n_layers))]
 
     def hooks(self, model: Model, watch: InputWatch) -> list[tuple[str, Callable[..., Any]]]:
         watch.stack(self.copies)
