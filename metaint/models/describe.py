@@ -30,6 +30,8 @@ class Shape:
     sublayers: str = "sequential"
     # What each layer mixes positions by: "attention", or the model's own word for another thing ("mamba", "conv").
     layer_kinds: tuple[str, ...] = ()
+    # Whether each head has a learnt score that takes part in the softmax and stands for no key (gpt-oss).
+    learnt_sinks: bool = False
 
     @property
     def attending(self) -> tuple[int, ...]:
@@ -49,7 +51,7 @@ def shape_of(model: Model) -> Shape:
     """The shape of any model with a TransformerLens `cfg`."""
     causal, cfg = is_causal(model), model.cfg
     sizes = (cfg.n_layers, cfg.n_heads, causal, windows_of(model), int(cfg.d_model))
-    return Shape(*sizes, sublayers_of(model), layer_kinds_of(model))
+    return Shape(*sizes, sublayers_of(model), layer_kinds_of(model), sink_scores(model) is not None)
 
 
 def is_causal(model: Model) -> bool:
@@ -102,6 +104,15 @@ def by_layer(model: Model, name: str) -> dict[int, Tensor]:
     if len(stack) == int(model.cfg.n_layers):
         return dict(enumerate(stack))
     return dict(zip(attending_layers(model), stack, strict=True))
+
+
+def sink_scores(model: Model) -> list[Tensor] | None:
+    """The learnt score [head] of each layer that takes part in its softmax and stands for no key; None without any."""
+    wrapped = getattr(model, "original_model", None)
+    if wrapped is None:
+        return None
+    sinks = [parameter.detach() for name, parameter in wrapped.named_parameters() if name.endswith(".sinks")]
+    return sinks if len(sinks) == int(model.cfg.n_layers) else None
 
 
 def sublayers_of(model: Model) -> str:

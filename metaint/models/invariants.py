@@ -14,7 +14,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaint.models.describe import attending_layers, by_layer, is_causal
+from metaint.models.describe import attending_layers, by_layer, is_causal, sink_scores
 from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
 from metaint.models.protocol import Model
 from metaint.models.reading import Reading, Unavailable, widen
@@ -70,9 +70,11 @@ def pattern_order(trial: Trial) -> Iterator[Pair]:
 
 
 def pattern_rows(trial: Trial) -> Iterator[Pair]:
+    """Sums of rows against one; where a learnt sink takes the rest, at most one."""
+    sinks = sink_scores(trial.model) is not None
     for layer in trial.attending:
         rows = trial.reading[pattern_hook(layer)].sum(-1)
-        yield Pair(pattern_hook(layer), rows, torch.ones_like(rows))
+        yield Pair(pattern_hook(layer), rows, rows.clamp(0, 1) if sinks else torch.ones_like(rows))
 
 
 def pattern_causal(trial: Trial) -> Iterator[Pair]:
@@ -91,7 +93,7 @@ def pattern_from_scores(trial: Trial) -> Iterator[Pair]:
         query, key = (trial.reading[f"blocks.{layer}.attn.{name}"] for name in names)
         scoring = scoring_of(trial.model, layer)
         scores = scoring.scores(query, key)
-        expected = scores.masked_fill(scoring.hidden(scores), -math.inf).softmax(-1)
+        expected = scoring.softmax(scores.masked_fill(scoring.hidden(scores), -math.inf))
         pattern = trial.reading[pattern_hook(layer)]
         yield Pair(pattern_hook(layer), pattern, expected, magnitude=max(1.0, float(scores.abs().max())))
 
@@ -116,6 +118,8 @@ class Scoring:
     causal: bool
     # How many keys back a query sees, itself among them; 0 is all.
     window: int
+    # A learnt score of each head that stands for no key.
+    sink: Float[Tensor, " head"] | None = None
 
     def scores(self, query: Tensor, key: Tensor) -> Float[Tensor, "batch head query key"]:
         """Scores of every pair, hidden keys too."""
@@ -139,13 +143,22 @@ class Scoring:
         hidden = self.hidden(scores)
         if real is not None:
             hidden = hidden | rearrange(~real, "batch key -> batch 1 1 key")
-        return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # NaN where all is hidden
+        return self.softmax(scores.masked_fill(hidden, -math.inf)).masked_fill(hidden, 0)  # NaN where all is hidden
+
+    def softmax(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+        """Weights of keys, the sink's weight left out where there is one."""
+        if self.sink is None:
+            return scores.softmax(-1)
+        sink = rearrange(self.sink.to(scores), "head -> 1 head 1 1").expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
 
 def scoring_of(model: Model, layer: int) -> Scoring:
     """How this layer of the model scores, as it is configured."""
     cap = setting(model, "attn_scores_soft_cap") or 0.0
-    return Scoring(score_scale(model, layer), cap, is_causal(model), _window(model, layer))
+    sinks = sink_scores(model)
+    sink = None if sinks is None else sinks[layer]
+    return Scoring(score_scale(model, layer), cap, is_causal(model), _window(model, layer), sink)
 
 
 def scores_of(model: Model, layer: int, query: Tensor, key: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class SaturationProbe(Probe):
 
     Unlike the scaling of all parameters that Merrill et al. 2021 (2010.09697) use (`metaint.saturate`), this changes
     attention alone and means the same in every architecture. Where scores have a soft cap or a bias, both are within
-    the scores that are scaled. With `gap_count`, `gap_odds` and `gap_tied_share`,
+    the scores that are scaled; so is a learnt sink (gpt-oss), which counts as a key whose value is zero. With `gap_count`, `gap_odds` and `gap_tied_share`,
     `measures.saturation.predicted_variation` bounds the distance to saturated at any other kappa.
 
     Raises InputError for passes that are not stacked or continue a cache, HookAuditError for a model whose attention
@@ -198,6 +198,9 @@ class SaturationProbe(Probe):
         dtype = torch.promote_types(pattern.dtype, torch.float32)
         value = repeat_heads(value, pattern.shape[1], 2).to(dtype)
         value = rearrange(value, "sequence key head d_head -> sequence head key d_head")
+        if self.shape.learnt_sinks:  # a key before all others, which holds nothing
+            pattern = torch.cat([(1 - pattern.sum(-1, keepdim=True)).clamp(min=0), pattern], -1)
+            value = torch.nn.functional.pad(value, (0, 0, 1, 0))
         by_head = z.unflatten(-1, (pattern.shape[1], -1)) if z.ndim == 3 else z
         for b in range(batch):
             own = by_head[b].to(dtype)

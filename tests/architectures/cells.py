@@ -122,6 +122,8 @@ def heads(subject: Subject, mask: Tensor | None = None) -> Iterator[tuple[Any, A
     """Head scores from the model's own attentions, one query at a time."""
     scan = metaint.scan(subject.model, subject.tokens, attention_mask=mask)["heads"]
     run = subject.clean if mask is None else subject.reference.run(subject.tokens, mask)
+    if mask is None and "sink_mass" in scan:
+        yield scan.sink_mass, torch.stack([1 - a[:, :, 1:].sum(-1).mean((0, 2)) for a in run.attentions])
     yield from _scores(subject, scan, run, torch.ones_like(subject.tokens) if mask is None else mask)
 
 
@@ -156,7 +158,9 @@ def _plain_scores(subject: Subject, patterns: list[Any], mask: Tensor) -> dict[s
                 if keys := plain.keys_of(kind, tokens, real, query, subject.causal):
                     sums[kind] += sum(pattern[query][key] for key in keys)
                     counts[kind] += 1
-            statistics = plain.statistics_of(pattern[query], real, query, subject.causal)
+            total = sum(pattern[query])  # less than one where a learnt sink takes the rest
+            row = [weight / total for weight in pattern[query]]
+            statistics = plain.statistics_of(row, real, query, subject.causal)
             for name in STATISTICS:
                 sums[name] += statistics[name]
                 counts[name] += 1
@@ -238,7 +242,9 @@ def saturation(subject: Subject) -> Iterator[tuple[Any, Any]]:
     yield scan.similarity.sel(scale=KAPPA), torch.stack(cosines)
     expected = np.full((len(subject.reference.layers), subject.reference.heads), np.nan)
     for layer, attention in zip(subject.reference.attends, subject.clean.attentions, strict=True):
-        beside = attention[:, :, 1:] / attention[:, :, 1:].amax(-1, keepdim=True)
+        rest = 1 - attention.sum(-1, keepdim=True)  # a learnt sink's
+        rows = torch.cat([attention, rest * (rest > 1e-4)], -1)[:, :, 1:]
+        beside = rows / rows.amax(-1, keepdim=True)
         ties = (beside >= math.exp(-1e-5)).double().sum(-1)
         total = beside.double().sum(-1)
         expected[layer] = (1 - ties / total).mean((0, 2))
