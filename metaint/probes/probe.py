@@ -122,6 +122,10 @@ class Probe(Metric):
         self.prepare(model)
         return [(name, self._reader(name, watch)) for name in self.hook_names(self.shape)]
 
+    def module_hooks(self, model: Model) -> list[tuple[Any, Callable[..., Any]]]:
+        """Modules of `model`, each with a forward hook, for what no hook point can carry; most probes need none."""
+        return []
+
     def fwd_hooks(self, model: Model, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> list[Hook]:
         """Hooks for `model.run_with_hooks(tokens, fwd_hooks=probe.fwd_hooks(model))`.
 
@@ -139,7 +143,13 @@ class Probe(Metric):
                 "tokens is missing, and this model has no hook on its token ids: "
                 "call fwd_hooks(model, tokens), or use metaint.attach."
             )
-        return [(start, begin), *self.hooks(model, watch)]
+        hooks = self.hooks(model, watch)
+        if self.module_hooks(model):
+            raise InputError(
+                f"this model tells of its attention too late for hooks alone to change it: use metaint.attach or "
+                f"metaint.scan for a {type(self).__name__}."
+            )
+        return [(start, begin), *hooks]
 
     def _reader(self, name: str, watch: InputWatch) -> Callable[..., None]:
         def hook(activation: Tensor, hook: Any) -> None:

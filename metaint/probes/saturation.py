@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import xarray as xr
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
@@ -21,8 +21,8 @@ from metaint.measures import norms, saturation
 from metaint.measures.sharpening import blocks, mix
 from metaint.measures.tile import TAUS, Context
 from metaint.models.audit import holds, require
-from metaint.models.describe import Shape
-from metaint.models.heads import repeat_heads
+from metaint.models.describe import Shape, by_layer
+from metaint.models.heads import OUT_OF_HEADS, repeat_heads
 from metaint.models.inputs import InputWatch
 from metaint.models.invariants import pattern_of, score_hooks
 from metaint.models.protocol import Model
@@ -97,26 +97,45 @@ class SaturationProbe(Probe):
         self._held: dict[str, Tensor] = {}
         self._changed: Tensor | None = None
         self._patterns: Callable[..., Tensor] | None = None
+        # Where the pattern is told after it was used: W_O by layer, and what is added to attention's output instead.
+        self._outputs: dict[int, Tensor] | None = None
+        self._added: Tensor | None = None
 
     def stacked(self, tokens: Tensor) -> Tensor:
         """A batch (or its mask) as this probe needs it: all sequences, then all again for each kappa but 1."""
         return tokens.repeat(self.copies, *[1] * (tokens.ndim - 1))
 
     def prepare(self, model: Model) -> None:
-        self._patterns = None
+        self._patterns = self._outputs = None
         if not holds(model, "pattern_order"):
-            # BERT's bridge tells of the pattern once z is made: it is made here from what makes the scores.
-            require(model, ["pattern_from_scores"])
-            self._patterns = partial(pattern_of, model)
-            self._score_hooks = score_hooks(model)
+            # The bridge tells of the pattern once z is made. It is made here from what makes the scores, where hooks
+            # carry that; else what z would have been is added to the attention's output.
+            if holds(model, "pattern_from_scores"):
+                self._patterns = partial(pattern_of, model)
+                self._score_hooks = score_hooks(model)
+            else:
+                require(model, ["output_sum"])
+                self._outputs = {layer: weight.detach() for layer, weight in by_layer(model, "W_O").items()}
         super().prepare(model)
 
     def hook_names(self, shape: Shape) -> list[str]:
         pattern = ["hook_pattern"] if self._patterns is None else self._score_hooks
-        parts = [*(f"attn.{name}" for name in ("hook_v", *pattern, "hook_z")), "hook_resid_post"]
-        last = parts.pop()
-        names = [f"blocks.{layer}.{part}" for layer in shape.attending for part in parts]
-        return [*names, *(f"blocks.{layer}.{last}" for layer in range(shape.n_layers))]
+        parts = ("hook_v", *pattern, "hook_z")
+        names = [f"blocks.{layer}.attn.{part}" for layer in shape.attending for part in parts]
+        return [*names, *(f"blocks.{layer}.hook_resid_post" for layer in range(shape.n_layers))]
+
+    def module_hooks(self, model: Model) -> list[tuple[Any, Callable[..., Any]]]:
+        layers = self._outputs or ()
+        return [(model.blocks[layer].attn, self._add) for layer in layers]
+
+    def _add(self, module: Any, args: tuple, output: Any) -> Any:
+        """The attention's output with what its copies get added."""
+        added, self._added = self._added, None
+        if added is None:
+            return None
+        first = output[0] if isinstance(output, tuple) else output
+        new = torch.cat([first[: len(first) - len(added)], first[-len(added) :] + added.to(first.dtype)])
+        return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def hooks(self, model: Model, watch: InputWatch) -> list[tuple[str, Callable[..., Any]]]:
         watch.stack(self.copies)
@@ -144,7 +163,13 @@ class SaturationProbe(Probe):
         if self.opens_pass(name, watch):
             self._begin(activation, watch)
         _, layer, *part = name.split(".")
-        if part[-1] == "hook_z":
+        if self._outputs is not None and part[-1] == "hook_pattern":
+            value, z = self._held.pop("hook_v"), self._held.pop("hook_z")
+            changed = self._read_attention(int(layer), activation, value, z)
+            if changed is not None:
+                change = (changed - z[-len(changed) :]).to(changed.dtype)
+                self._added = einsum(change, self._outputs[int(layer)].to(change.dtype), OUT_OF_HEADS)
+        elif self._outputs is None and part[-1] == "hook_z":
             value = self._held.pop("hook_v")
             if self._patterns is None:
                 pattern = self._held.pop("hook_pattern")
@@ -188,7 +213,7 @@ class SaturationProbe(Probe):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one pass or one model, which `prepare` and the next pass bring again."""
-        return {**super().__getstate__(), "_patterns": None, "_held": {}, "_changed": None}
+        return {**super().__getstate__(), "_patterns": None, "_outputs": None, "_held": {}, "_changed": None, "_added": None}
 
     # ---- attention ----------------------------------------------------------------------------------------------
 
