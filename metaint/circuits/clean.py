@@ -151,4 +151,4 @@ def _keep_attention(clean: Clean, layer: int, attention: Any, args: tuple, outpu
 
 
 def _unpacked(output: Any) -> tuple[Tensor, int]:
-    return (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
+    return (output[0], len(output)) if isinstance(output, tuple | list) else (output, 0)

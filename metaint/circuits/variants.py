@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metaint.circuits.clean import Clean, Hook, keep
 from metaint.models.heads import repeat_heads
-from metaint.models.invariants import bias_of
+from metaint.models.invariants import bias_of, value_hook
 
 
 class Variant(NamedTuple):
@@ -63,7 +63,7 @@ def edit_hooks(
         edits = _head_edits(variants, layer)
         held: dict[int, Tensor] = {}
         if preserved:
-            hooks.append((f"blocks.{layer}.attn.hook_v", partial(keep, slot=held, key=layer)))
+            hooks.append((f"blocks.{layer}.attn.{value_hook(clean.subject.model)}", partial(keep, slot=held, key=layer)))
         if layer != attended and (preserved or edits):
             edit = partial(edit_z, clean=clean, layer=layer, held=held, edits=edits, preserve=preserved)
             hooks.append((f"blocks.{layer}.attn.hook_z", edit))

@@ -71,10 +71,11 @@ CHECKS = (*_ATTENTION, *_WEIGHTS, *_EDITS)
 
 # What the checks of each part read in a block.
 _ATTENTION_HOOKS = ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k"]
-_ATTENTION_HOOKS += ["attn.hook_pattern", "attn.hook_z"]
+_ATTENTION_HOOKS += ["attn.hook_pattern", "attn.hook_z", "attn.v_norm.hook_out"]
+_ATTENTION_HOOKS += ["attn.hook_q_normed", "attn.hook_k_normed"]
 _WEIGHT_HOOKS = ["hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out"]
 _WEIGHT_HOOKS += ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.o.hook_out", "attn.hook_out"]
-_WEIGHT_HOOKS += ["ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out"]
+_WEIGHT_HOOKS += ["ln1_post.hook_out", "ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out"]
 _WEIGHT_HOOKS += ["ln2.hook_normalized", "hook_mlp_out", "hook_resid_post"]
 
 _cache: WeakKeyDictionary[Any, dict[tuple[Any, ...], list[Finding]]] = WeakKeyDictionary()

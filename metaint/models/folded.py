@@ -18,7 +18,7 @@ from torch import Tensor
 from metaint.measures.inner import Norm
 from metaint.models.describe import by_layer
 from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
-from metaint.models.invariants import Pair, Trial, bias_of
+from metaint.models.invariants import Pair, Trial, bias_of, write_factor_of
 from metaint.models.protocol import Model
 from metaint.models.reading import Unavailable, random_tokens, read, tolerance, untouched, widen
 from metaint.models.readout import norm_of
@@ -133,7 +133,7 @@ def _folded(
     before, after = (_norm(model, layer, name) for name in norms)
     query, key, value = (repeat_heads(_through(before, weight), len(query), 0) for weight in (query, key, value))
     # The norm after acts on each row that heads write; of what then lies in the stream a LayerNorm reads no mean.
-    out = widen(out)
+    out = widen(out) * write_factor_of(model)
     if after is not None:
         out = out - out.mean(-1, keepdim=True) if after.kind == "layer" else out
         out = out if after.gain is None else out * widen(after.gain)

@@ -90,12 +90,20 @@ def pattern_from_scores(trial: Trial) -> Iterator[Pair]:
     rotated = any(name.endswith("hook_rot_q") for name in trial.reading.activations)
     names = score_hooks(trial.model, rotated)
     for layer in trial.attending:
-        query, key = (trial.reading[f"blocks.{layer}.attn.{name}"] for name in names)
+        query, key = (_scored(trial.reading, f"blocks.{layer}.attn", name) for name in names)
         scoring = scoring_of(trial.model, layer)
         scores = scoring.scores(query, key)
         expected = scoring.softmax(scores.masked_fill(scoring.hidden(scores), -math.inf))
         pattern = trial.reading[pattern_hook(layer)]
         yield Pair(pattern_hook(layer), pattern, expected, magnitude=max(1.0, float(scores.abs().max())))
+
+
+def _scored(reading: Reading, attention: str, name: str) -> Tensor:
+    """Queries or keys at a hook, or as a norm after the rotation leaves them (HunYuan), heads third."""
+    normed = f"{attention}.hook_{name[-1]}_normed"
+    if name.startswith("hook_rot") and reading.before(f"{attention}.{name}", normed):
+        return rearrange(reading[normed], "batch head position d_head -> batch position head d_head")
+    return reading[f"{attention}.{name}"]
 
 
 def score_hooks(model: Model, rotated: bool | None = None) -> tuple[str, str]:
@@ -199,11 +207,18 @@ def _window(model: Model, layer: int) -> int:
     return int(window)
 
 
+def value_hook(model: Model) -> str:
+    """The hook in attention that holds values as they are mixed: after a norm of theirs, where there is one."""
+    normed = f"blocks.{attending_layers(model)[0]}.attn.v_norm.hook_out"
+    return "v_norm.hook_out" if normed in model.hook_dict else "hook_v"
+
+
 def value_mix(trial: Trial) -> Iterator[Pair]:
+    hook = value_hook(trial.model)
     for layer in trial.attending:
         attention = f"blocks.{layer}.attn"
         pattern, z = trial.reading[pattern_hook(layer)], trial.reading[f"{attention}.hook_z"]
-        value = repeat_heads(trial.reading[f"{attention}.hook_v"], pattern.shape[1], 2)
+        value = repeat_heads(trial.reading[f"{attention}.{hook}"], pattern.shape[1], 2)
         mixed = einsum(pattern, value, "batch head query key, batch key head d_head -> batch query head d_head")
         yield Pair(f"{attention}.hook_z", z, mixed)
 
@@ -214,7 +229,15 @@ def output_sum(trial: Trial) -> Iterator[Pair]:
         name = _attention_output(trial, layer)
         z = trial.reading[f"blocks.{layer}.attn.hook_z"]
         summed = einsum(z, widen(weights[layer]), OUT_OF_HEADS)
-        yield Pair(name, trial.reading[name], summed + bias_of(trial.model, "b_O", layer, summed))
+        summed = summed + bias_of(trial.model, "b_O", layer, summed)
+        if name.endswith("hook_attn_out"):
+            summed = summed * write_factor_of(trial.model)
+        yield Pair(name, trial.reading[name], summed)
+
+
+def write_factor_of(model: Model) -> float:
+    """What a sublayer's output is multiplied by before it is added to the stream (Granite)."""
+    return float(setting(model, "residual_multiplier") or 1)
 
 
 def _attention_output(trial: Trial, layer: int) -> str:

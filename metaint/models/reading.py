@@ -54,6 +54,7 @@ def read(model: Model, tokens: Tensor, names: Sequence[str]) -> Reading:
 
     def keep(name: str) -> Callable[..., None]:
         def hook(activation: Any, hook: Any) -> None:
+            activation = first_tensor(activation)
             if isinstance(activation, Tensor):
                 # A copy: some models add to the residual stream in place.
                 activations[name] = activation.detach().clone()
@@ -64,6 +65,11 @@ def read(model: Model, tokens: Tensor, names: Sequence[str]) -> Reading:
     present = [name for name in names if name in hook_points]
     logits = _forward(model, tokens, [(name, keep(name)) for name in present])
     return Reading(activations, logits)
+
+
+def first_tensor(activation: Any) -> Any:
+    """What a hook is told, where a block gives a list or a tuple (GPT-1) its first item."""
+    return activation[0] if isinstance(activation, list | tuple) and activation else activation
 
 
 def logits_after(model: Model, tokens: Tensor, edits: dict[str, Edit]) -> Tensor:

@@ -116,7 +116,9 @@ class MemoryProbe(Probe):
             reads = holds(model, "attention_input")
             if reads:
                 self._read_positions(memories, heads, chances)
-            if reads and holds(model, "output_sum"):
+            linear = holds(model, "output_sum") and holds(model, "value_mix")  # no gate or norm of what heads write
+            narrow = model.W_E.shape[-1] != int(model.cfg.d_model)  # projected into the stream
+            if reads and linear and not narrow:
                 if holds(model, "unembedding"):
                     self._read_outputs(memories, heads, chances)
                 if paired:

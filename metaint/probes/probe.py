@@ -14,6 +14,7 @@ from metaint.models.audit import require
 from metaint.models.describe import Shape, facts_of, shape_of
 from metaint.models.inputs import InputWatch
 from metaint.models.protocol import Model
+from metaint.models.reading import first_tensor
 from metaint.scans.assemble import assemble
 
 Hook = tuple[str, Callable[..., None]]
@@ -152,7 +153,8 @@ class Probe(Metric):
         return [(start, begin), *hooks]
 
     def _reader(self, name: str, watch: InputWatch) -> Callable[..., None]:
-        def hook(activation: Tensor, hook: Any) -> None:
+        def hook(activation: Any, hook: Any) -> None:
+            activation = first_tensor(activation)
             with quietly(activation.device.type):
                 self.update(name, activation.detach()[: len(activation) // watch.copies], watch)
 

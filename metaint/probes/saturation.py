@@ -24,8 +24,9 @@ from metaint.models.audit import holds, require
 from metaint.models.describe import Shape, by_layer
 from metaint.models.heads import OUT_OF_HEADS, repeat_heads
 from metaint.models.inputs import InputWatch
-from metaint.models.invariants import pattern_of, score_hooks
+from metaint.models.invariants import pattern_of, score_hooks, value_hook
 from metaint.models.protocol import Model
+from metaint.models.reading import first_tensor
 from metaint.probes.means import Means, as_dataset
 from metaint.probes.probe import Probe, quietly
 from metaint.probes.saturation_rows import HeadRows, compare_logits
@@ -62,7 +63,7 @@ class SaturationProbe(Probe):
     """
 
     group = "saturation"
-    audits = ("pattern_fires", "pattern_rows", "value_mix", "edit_z")
+    audits = ("pattern_fires", "pattern_rows", "value_mix", "edit_z", "stream")
     reads_logits = True
 
     heads: list[Float[Tensor, "sequence slot layer head"]]
@@ -97,6 +98,7 @@ class SaturationProbe(Probe):
         self._held: dict[str, Tensor] = {}
         self._changed: Tensor | None = None
         self._patterns: Callable[..., Tensor] | None = None
+        self._value_hook = "hook_v"
         # Where the pattern is told after it was used: W_O by layer, and what is added to attention's output instead.
         self._outputs: dict[int, Tensor] | None = None
         self._added: Tensor | None = None
@@ -116,11 +118,12 @@ class SaturationProbe(Probe):
             else:
                 require(model, ["output_sum"])
                 self._outputs = {layer: weight.detach() for layer, weight in by_layer(model, "W_O").items()}
+        self._value_hook = value_hook(model)
         super().prepare(model)
 
     def hook_names(self, shape: Shape) -> list[str]:
         pattern = ["hook_pattern"] if self._patterns is None else self._score_hooks
-        parts = ("hook_v", *pattern, "hook_z")
+        parts = (self._value_hook, *pattern, "hook_z")
         names = [f"blocks.{layer}.attn.{part}" for layer in shape.attending for part in parts]
         return [*names, *(f"blocks.{layer}.hook_resid_post" for layer in range(shape.n_layers))]
 
@@ -143,7 +146,8 @@ class SaturationProbe(Probe):
         return super().hooks(model, watch)
 
     def _reader(self, name: str, watch: InputWatch) -> Callable[..., Any]:
-        def hook(activation: Tensor, hook: Any) -> Tensor | None:
+        def hook(activation: Any, hook: Any) -> Tensor | None:
+            activation = first_tensor(activation)
             with quietly(activation.device.type):
                 self.update(name, activation.detach(), watch)
             changed, self._changed = self._changed, None
@@ -163,6 +167,8 @@ class SaturationProbe(Probe):
         if self.opens_pass(name, watch):
             self._begin(activation, watch)
         _, layer, *part = name.split(".")
+        if name.endswith(self._value_hook):
+            part = ["hook_v"]
         if self._outputs is not None and part[-1] == "hook_pattern":
             value, z = self._held.pop("hook_v"), self._held.pop("hook_z")
             changed = self._read_attention(int(layer), activation, value, z)

@@ -37,9 +37,9 @@ _PAIR_DIMS = ("layer", "head", "layer_to", "head_to")
 MOST_HEADS = 1000
 _AUDITS = {
     "qk": ("weights_query", "weights_key"),
-    "ov": ("weights_value", "output_sum"),
-    "full": ("weights_value", "output_sum", "unembedding"),
-    "pairs": ("attention_input", "output_sum"),
+    "ov": ("weights_value", "value_mix", "output_sum"),
+    "full": ("weights_value", "value_mix", "output_sum", "unembedding"),
+    "pairs": ("attention_input", "value_mix", "output_sum"),
 }
 _STEP = {"step_norm": growth.step_norm, "alignment": growth.alignment, "direction_cosine": growth.direction_cosine}
 

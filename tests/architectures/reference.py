@@ -37,9 +37,10 @@ class Reference:
         self.model = model
         size = getattr(model.config, "num_hidden_layers", None) or getattr(model.config, "n_layer", 0)
         lists = [m for _, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == size]
-        self.layers = list(lists[0])
+        self.layers = list(lists[0]) if lists else []
         self.attends = tuple(range(len(self.layers))) if attends is None else attends
-        self.heads = int(getattr(model.config, "num_attention_heads", None) or model.config.n_heads)
+        config = model.config
+        self.heads = int(getattr(config, "num_attention_heads", None) or getattr(config, "n_heads", 0))
 
     @torch.no_grad()
     def run(
@@ -50,7 +51,10 @@ class Reference:
         silent: tuple[int, int] | None = None,
         kappa: float = 1.0,
     ) -> Run:
-        """A pass; `silent` names the layer and head whose output is zeroed, `kappa` multiplies every score."""
+        """A pass; `silent` names the layer and head whose output is zeroed, `kappa` multiplies every score.
+
+        Raises LookupError where it can't be made for comparison.
+        """
         found = Run()
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
@@ -75,8 +79,9 @@ class Reference:
         if mask is None:
             return {}
         counted = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        takes = inspect.signature(self.model.forward).parameters
-        return {"attention_mask": mask, **(counted if "position_ids" in takes else {})}
+        takes = "position_ids" in inspect.signature(self.model.forward).parameters
+        takes = takes and self.model.config.model_type != "roberta"  # which counts from its padding id on
+        return {"attention_mask": mask, **(counted if takes else {})}
 
     def output_module(self, layer: int) -> nn.Module:
         """The module that takes the outputs of a layer's heads, side by side."""
@@ -126,7 +131,10 @@ class Reference:
         """
         single = tokens[:, None]
         written, nothing = (self._write(layer, head, x, single) for x in self._embedded(single))
-        logits = self._read_out(written - nothing, single) - self._read_out(torch.zeros_like(written), single)
+        write, norm = written - nothing, self._norm_after(layer, single)
+        if norm is not None:
+            write = norm(write) - norm(torch.zeros_like(write))
+        logits = self._read_out(write, single) - self._read_out(torch.zeros_like(write), single)
         return float((logits.argmax(-1) == tokens).double().mean())
 
     def _embedded(self, single: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,13 +145,12 @@ class Reference:
         return streams, torch.zeros_like(streams)
 
     def _write(self, layer: int, head: int, streams: Tensor, single: Tensor) -> Tensor:
-        """What one head adds to these streams, up to length."""
+        """What one head's output module makes of these streams."""
         found: list[Tensor] = []
         for heads in ([head], []):
             with _hooked(self.layers[layer], before=lambda x: streams), self.keeping(layer, heads, found):
                 self.model(single, **self._plain())
-        write, norm = found[0] - found[1], self._norm_after(layer, single)
-        return write if norm is None else norm(write) - norm(torch.zeros_like(write))
+        return found[0] - found[1]
 
     def _norm_after(self, layer: int, single: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The norm, if any, that reads what the attention wrote before it is added to the stream."""
@@ -187,10 +194,11 @@ def _hooked(
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
     def on_output(_: Any, __: Any, output: Any) -> Any:
-        new = after(output[0] if isinstance(output, tuple) else output) if after is not None else None
+        several = isinstance(output, tuple | list)
+        new = after(output[0] if several else output) if after is not None else None
         if not isinstance(new, Tensor):
             return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return (new, *output[1:]) if several else new
 
     handles = [module.register_forward_pre_hook(on_input, with_kwargs=True), module.register_forward_hook(on_output)]
     try:
@@ -213,7 +221,8 @@ def scores_times(kappa: float) -> Iterator[list[int]]:
 
     def scaled(softmax: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def instead(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if not busy and scores.ndim == 4 and scores.shape[-1] - scores.shape[-2] in (0, 1):
+            square = scores.ndim in (3, 4) and scores.shape[-1] - scores.shape[-2] in (0, scores.ndim - 3)
+            if not busy and square:
                 calls.append(1)
                 scores = scores * kappa
             busy.append(True)
