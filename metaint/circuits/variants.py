@@ -63,7 +63,9 @@ def edit_hooks(
         edits = _head_edits(variants, layer)
         held: dict[int, Tensor] = {}
         if preserved:
-            hooks.append((f"blocks.{layer}.attn.{value_hook(clean.subject.model)}", partial(keep, slot=held, key=layer)))
+            hooks.append(
+                (f"blocks.{layer}.attn.{value_hook(clean.subject.model)}", partial(keep, slot=held, key=layer))
+            )
         if layer != attended and (preserved or edits):
             edit = partial(edit_z, clean=clean, layer=layer, held=held, edits=edits, preserve=preserved)
             hooks.append((f"blocks.{layer}.attn.hook_z", edit))

@@ -11,7 +11,6 @@ from torch import Tensor
 from metaint.errors import InputError
 from metaint.models.protocol import Model
 
-
 _attending: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
 
 

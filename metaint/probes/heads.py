@@ -20,7 +20,6 @@ from metaint.models.inputs import InputWatch
 from metaint.probes.probe import Probe
 from metaint.scans.assemble import shaped
 
-
 # Statistics of how much weight there is, and not of how it is spread.
 _OF_WEIGHTS = (sink_mass, sink_rate)
 

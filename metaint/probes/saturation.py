@@ -47,8 +47,9 @@ class SaturationProbe(Probe):
 
     Unlike the scaling of all parameters that Merrill et al. 2021 (2010.09697) use (`metaint.saturate`), this changes
     attention alone and means the same in every architecture. Where scores have a soft cap or a bias, both are within
-    the scores that are scaled; so is a learnt sink (gpt-oss), which counts as a key whose value is zero. With `gap_count`, `gap_odds` and `gap_tied_share`,
-    `measures.saturation.predicted_variation` bounds the distance to saturated at any other kappa.
+    the scores that are scaled; so is a learnt sink (gpt-oss), which counts as a key whose value is zero. With
+    `gap_count`, `gap_odds` and `gap_tied_share`, `measures.saturation.predicted_variation` bounds the distance to
+    saturated at any other kappa.
 
     Raises InputError for passes that are not stacked or continue a cache, HookAuditError for a model whose attention
     can't be changed at `hook_z`, ActivationError for NaN or infinity.
@@ -219,7 +220,14 @@ class SaturationProbe(Probe):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one pass or one model, which `prepare` and the next pass bring again."""
-        return {**super().__getstate__(), "_patterns": None, "_outputs": None, "_held": {}, "_changed": None, "_added": None}
+        return {
+            **super().__getstate__(),
+            "_patterns": None,
+            "_outputs": None,
+            "_held": {},
+            "_changed": None,
+            "_added": None,
+        }
 
     # ---- attention ----------------------------------------------------------------------------------------------
 

@@ -244,7 +244,7 @@ def _by_layer(model: Model, first: str, second: str, n_heads: int) -> Iterator[t
     """The layers that attend, each with two weights [head, ...]; grouped heads once for each query head."""
     one, other = by_layer(model, first), by_layer(model, second)  # a bridge makes these anew at each call
     for layer, weight in one.items():
-        yield layer, *(repeat_heads(w.detach(), n_heads, 0) for w in (weight, other[layer]))
+        yield layer, repeat_heads(weight.detach(), n_heads, 0), repeat_heads(other[layer].detach(), n_heads, 0)
 
 
 def _loop(model: Model) -> Tensor | None:

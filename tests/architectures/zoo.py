@@ -139,7 +139,11 @@ ZOO: dict[str, Entry] = {
     "AFMoE": Entry("afmoe", {**_HEAD, **_MOE, "num_dense_layers": 1, "sliding_window": 16}),
     "Apertus": Entry("apertus"),
     "Arcee": Entry("arcee", _HEAD),
-    "Bamba": Entry("bamba", {**_MAMBA, **_FOUR, "attn_layer_indices": [1, 3]}, attends=(1, 3)),
+    "Bamba": Entry(
+        "bamba",
+        {**_MAMBA, **_FOUR, "attn_layer_indices": [1, 3]},
+        attends=(1, 3),
+    ),
     "BERT": Entry("bert", {}, "BertForMaskedLM"),
     "BERT decoder": Entry("bert", {"is_decoder": True}, "BertLMHeadModel"),
     "BitNet": Entry("bitnet"),
@@ -159,13 +163,15 @@ ZOO: dict[str, Entry] = {
     "Falcon, ALiBi": Entry("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}),
     "Falcon, new decoder": Entry("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "Falcon-H1": Entry("falcon_h1", {**_HEAD, **_MAMBA, "mamba_d_ssm": 64}),
-    "Falcon-Mamba": Entry("falcon_mamba", {"state_size": 8, "time_step_rank": 4}, attends=()),
+    "Falcon-Mamba": Entry(
+        "falcon_mamba",
+        {"state_size": 8, "time_step_rank": 4},
+        attends=(),
+    ),
     "FlexOLMo": Entry("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2}),
     "Gemma": Entry("gemma", _HEAD),
     "Gemma 2": Entry("gemma2", {**_HEAD, "sliding_window": 16, "query_pre_attn_scalar": 24}),
     "Gemma 3": Entry("gemma3_text", {**_HEAD, "sliding_window": 16, "query_pre_attn_scalar": 24}),
-    "Gemma 3n": Entry("gemma3n_text", {**_HEAD, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 100,
-                                      "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}),  # fmt: skip
     "Gemma 4": Entry("gemma4_text", {**_HEAD, "hidden_size_per_layer_input": 0, "global_head_dim": 8}),
     "GLM": Entry("glm", _HEAD),
     "GLM-4": Entry("glm4", _HEAD),
@@ -186,7 +192,9 @@ ZOO: dict[str, Entry] = {
     "Granite MoE": Entry("granitemoe", {**_MOE, "residual_multiplier": 0.5, "attention_multiplier": 0.25}),
     "Granite MoE hybrid": Entry(
         "granitemoehybrid",
-        {**_MAMBA, **_MOE, **_FOUR, "layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 32}, attends=(1, 3)),
+        {**_MAMBA, **_MOE, **_FOUR, "layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 32},
+        attends=(1, 3),
+    ),
     "Granite MoE hybrid, attention only": Entry(
         "granitemoehybrid", {**_MAMBA, **_MOE, "layer_types": ["attention"] * 2, "shared_intermediate_size": 32}
     ),
@@ -195,22 +203,46 @@ ZOO: dict[str, Entry] = {
     "Jais 2": Entry("jais2", _HEAD),
     "Jamba": Entry(
         "jamba",
-        {**_FOUR, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False}, attends=(1, 3)),
+        {**_FOUR, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+        attends=(1, 3),
+    ),
     "JetMoE": Entry("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "Laguna": Entry("laguna", {**_HEAD, **_MOE, "shared_expert_intermediate_size": 16}),
-    "LFM2": Entry("lfm2", {**_FOUR, "layer_types": ["conv", "full_attention"] * 2}, attends=(1, 3)),
-    "LFM2 MoE": Entry("lfm2_moe", {**_MOE, **_FOUR, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1}, attends=(1, 3)),
+    "LFM2": Entry(
+        "lfm2",
+        {**_FOUR, "layer_types": ["conv", "full_attention"] * 2},
+        attends=(1, 3),
+    ),
+    "LFM2 MoE": Entry(
+        "lfm2_moe",
+        {**_MOE, **_FOUR, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+        attends=(1, 3),
+    ),
     "Llama": Entry("llama"),
     "Llama, biases": Entry("llama", {"attention_bias": True}),
     "Llama, many keys": Entry("llama", _FULL),
     "Llama 3.1 rotation": Entry(
         "llama",
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                             "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
-    ),  # fmt: skip
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
     "Llama 4": Entry("llama4_text", {**_HEAD, **_MOE, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 64}),
-    "Mamba": Entry("mamba", {"state_size": 8, "time_step_rank": 4}, attends=()),
-    "Mamba 2": Entry("mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}, attends=()),
+    "Mamba": Entry(
+        "mamba",
+        {"state_size": 8, "time_step_rank": 4},
+        attends=(),
+    ),
+    "Mamba 2": Entry(
+        "mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}, attends=()
+    ),
     "MiniMax-M2": Entry("minimax_m2", {**_HEAD, **_MOE}),
     "Ministral 3": Entry("ministral3", _HEAD),
     "Mistral": Entry("mistral", {"sliding_window": 16}),
@@ -221,13 +253,25 @@ ZOO: dict[str, Entry] = {
     "Nemotron": Entry("nemotron"),
     "Nemotron-H": Entry(
         "nemotron_h",
-        {**_HEAD, "layers_block_type": ["mamba", "attention", "mlp", "attention"], "mamba_num_heads": 8,
-         "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16, "num_hidden_layers": 4}, attends=(1, 3)),  # fmt: skip
+        {
+            **_HEAD,
+            "layers_block_type": ["mamba", "attention", "mlp", "attention"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "num_hidden_layers": 4,
+        },
+        attends=(1, 3),
+    ),
     "OLMo": Entry("olmo", _FULL),
     "OLMo, clipped": Entry("olmo", {**_FULL, "clip_qkv": 1.0}),
     "OLMo 2": Entry("olmo2"),
     "OLMo 3": Entry("olmo3", {"sliding_window": 16}),
-    "OLMo hybrid": Entry("olmo_hybrid", {**_DELTA, **_FOUR, "layer_types": ["linear_attention", "full_attention"] * 2}, attends=(1, 3)),
+    "OLMo hybrid": Entry(
+        "olmo_hybrid", {**_DELTA, **_FOUR, "layer_types": ["linear_attention", "full_attention"] * 2}, attends=(1, 3)
+    ),
     "OLMoE": Entry("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "OPT": Entry("opt", {"ffn_dim": 64, "word_embed_proj_dim": WIDTH}),
     "OPT-350m": Entry("opt", {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
@@ -237,15 +281,36 @@ ZOO: dict[str, Entry] = {
     "Qwen 2 MoE": Entry("qwen2_moe", {**_MOE, "shared_expert_intermediate_size": 16}),
     "Qwen 3": Entry("qwen3", _HEAD),
     "Qwen 3 MoE": Entry("qwen3_moe", {**_HEAD, **_MOE}),
-    "Qwen3-Next": Entry("qwen3_next", {**_QWEN_HYBRID, **_MOE, "shared_expert_intermediate_size": 16}, attends=(1, 3)),
-    "Qwen 3.5": Entry("qwen3_5_text", _QWEN_HYBRID, attends=(1, 3)),
-    "Qwen 3.5 MoE": Entry("qwen3_5_moe_text", {**_QWEN_HYBRID, **_MOE, "shared_expert_intermediate_size": 16}, attends=(1, 3)),
+    "Qwen3-Next": Entry(
+        "qwen3_next",
+        {**_QWEN_HYBRID, **_MOE, "shared_expert_intermediate_size": 16},
+        attends=(1, 3),
+    ),
+    "Qwen 3.5": Entry(
+        "qwen3_5_text",
+        _QWEN_HYBRID,
+        attends=(1, 3),
+    ),
+    "Qwen 3.5 MoE": Entry(
+        "qwen3_5_moe_text", {**_QWEN_HYBRID, **_MOE, "shared_expert_intermediate_size": 16}, attends=(1, 3)
+    ),
     "RecurrentGemma": Entry(
         "recurrent_gemma",
-        {**_HEAD, "num_hidden_layers": 4, "block_types": ["recurrent", "attention"], "lru_width": WIDTH,
-         "attention_window_size": 16}, attends=(1, 3)),  # fmt: skip
+        {
+            **_HEAD,
+            "num_hidden_layers": 4,
+            "block_types": ["recurrent", "attention"],
+            "lru_width": WIDTH,
+            "attention_window_size": 16,
+        },
+        attends=(1, 3),
+    ),
     "RoBERTa": Entry("roberta", {"max_position_embeddings": N_CTX + 8}, "RobertaForMaskedLM"),
-    "RWKV": Entry("rwkv", {"attention_hidden_size": WIDTH, "context_length": N_CTX}, attends=()),
+    "RWKV": Entry(
+        "rwkv",
+        {"attention_hidden_size": WIDTH, "context_length": N_CTX},
+        attends=(),
+    ),
     "Seed-OSS": Entry("seed_oss", _HEAD),
     "SmolLM3": Entry("smollm3"),
     "StableLM": Entry("stablelm"),
@@ -256,9 +321,21 @@ ZOO: dict[str, Entry] = {
     "Youtu": Entry("youtu", _MLA),
     "Zamba2": Entry(
         "zamba2",
-        {**_FULL, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8,
-         "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "chunk_size": 16, "num_mem_blocks": 1,
-         "use_mem_rope": True, "attention_head_dim": 16}, attends=(1, 3)),  # fmt: skip
+        {
+            **_FULL,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "mamba_ngroups": 1,
+            "chunk_size": 16,
+            "num_mem_blocks": 1,
+            "use_mem_rope": True,
+            "attention_head_dim": 16,
+        },
+        attends=(1, 3),
+    ),
     "BART": Entry("bart", _ENCODER, _SEQ),
     "mBART": Entry("mbart", _ENCODER, _SEQ),
     "M2M100": Entry("m2m_100", _ENCODER, _SEQ),
