@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metaint.circuits.scan_metrics import Reader
 from metaint.circuits.subject import Subject
+from metaint.models.heads import by_head
 from metaint.models.protocol import Model
 from metaint.models.reading import widen
 
@@ -70,7 +71,7 @@ def clean_pass(
     for layer in subject.layers:
         attends = layer in subject.shape.attending
         if attends:
-            hooks.append((f"blocks.{layer}.attn.hook_z", partial(keep, slot=clean.z, key=layer)))
+            hooks.append((f"blocks.{layer}.attn.hook_z", partial(_keep_heads, clean=clean, layer=layer)))
         if mlps:
             hooks.append((f"blocks.{layer}.hook_mlp_out", partial(keep_copy, slot=clean.mlp, key=layer)))
         if patterns and attends:
@@ -129,6 +130,10 @@ def first_input(args: tuple, kwargs: dict) -> tuple[str | None, Any]:
 
 def keep(activation: Tensor, hook: Any, slot: dict, key: Any) -> None:
     slot[key] = activation.detach()
+
+
+def _keep_heads(z: Tensor, hook: Any, clean: Clean, layer: int) -> None:
+    clean.z[layer] = by_head(z.detach(), clean.subject.shape.n_heads)
 
 
 def keep_copy(activation: Tensor, hook: Any, slot: dict, key: Any) -> None:

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaint.circuits.clean import Clean, Hook, keep
-from metaint.models.heads import repeat_heads
-from metaint.models.invariants import bias_of, value_hook
+from metaint.models.heads import by_head, repeat_heads
+from metaint.models.invariants import bias_of, value_hook, values_of
 
 
 class Variant(NamedTuple):
@@ -88,16 +88,16 @@ def edit_z(
 ) -> Tensor:
     """hook_z with these edits; with `preserve` it is first made of the clean pattern and the values `held`."""
     batch = len(clean.tokens)
-    new = z.clone()
+    new = by_head(z.clone(), clean.subject.shape.n_heads)
     if preserve:
         pattern = clean.patterns[layer].to(z.dtype)
-        value = repeat_heads(held.pop(layer), pattern.shape[1], 2)
+        value = repeat_heads(values_of(clean.subject.model, held.pop(layer)), pattern.shape[1], 2)
         value = rearrange(value, "(copy batch) key head d_head -> copy batch key head d_head", batch=batch)
         mix = "batch head query key, copy batch key head d_head -> copy batch query head d_head"
-        new = einsum(pattern, value, mix).reshape(z.shape).clone()
+        new = einsum(pattern, value, mix).reshape(new.shape).clone()
     for edit in edits:
         edit.write(new, batch)
-    return new
+    return new.reshape(z.shape)
 
 
 def _edit_mlp(written: Tensor, hook: Any, batch: int, edits: list[Edit]) -> Tensor:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaint.models.describe import attending_layers, by_layer, is_causal, sink_scores
-from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
+from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, by_head, repeat_heads, thin_heads
 from metaint.models.protocol import Model
 from metaint.models.reading import Reading, Unavailable, widen
 from metaint.models.readout import final_norm_of, readout_of, setting
@@ -213,12 +213,19 @@ def value_hook(model: Model) -> str:
     return "v_norm.hook_out" if normed in model.hook_dict else "hook_v"
 
 
+def values_of(model: Model, value: Tensor) -> Tensor:
+    """Values as hooks hold them, [batch, key, head, width]: for multi-head latent attention heads come second there."""
+    return value.transpose(1, 2) if setting(model, "kv_lora_rank") else value
+
+
 def value_mix(trial: Trial) -> Iterator[Pair]:
     hook = value_hook(trial.model)
     for layer in trial.attending:
         attention = f"blocks.{layer}.attn"
-        pattern, z = trial.reading[pattern_hook(layer)], trial.reading[f"{attention}.hook_z"]
-        value = repeat_heads(trial.reading[f"{attention}.{hook}"], pattern.shape[1], 2)
+        pattern = trial.reading[pattern_hook(layer)]
+        z = by_head(trial.reading[f"{attention}.hook_z"], pattern.shape[1])
+        value = values_of(trial.model, trial.reading[f"{attention}.{hook}"])
+        value = repeat_heads(value, pattern.shape[1], 2)
         mixed = einsum(pattern, value, "batch head query key, batch key head d_head -> batch query head d_head")
         yield Pair(f"{attention}.hook_z", z, mixed)
 
@@ -227,7 +234,7 @@ def output_sum(trial: Trial) -> Iterator[Pair]:
     weights = by_layer(trial.model, "W_O")  # which a bridge makes anew at each call
     for layer in trial.attending:
         name = _attention_output(trial, layer)
-        z = trial.reading[f"blocks.{layer}.attn.hook_z"]
+        z = by_head(trial.reading[f"blocks.{layer}.attn.hook_z"], len(weights[layer]))
         summed = einsum(z, widen(weights[layer]), OUT_OF_HEADS)
         summed = summed + bias_of(trial.model, "b_O", layer, summed)
         if name.endswith("hook_attn_out"):

@@ -22,9 +22,9 @@ from metaint.measures.sharpening import blocks, mix
 from metaint.measures.tile import TAUS, Context
 from metaint.models.audit import holds, require
 from metaint.models.describe import Shape, by_layer
-from metaint.models.heads import OUT_OF_HEADS, repeat_heads
+from metaint.models.heads import OUT_OF_HEADS, by_head, repeat_heads
 from metaint.models.inputs import InputWatch
-from metaint.models.invariants import pattern_of, score_hooks, value_hook
+from metaint.models.invariants import pattern_of, score_hooks, value_hook, values_of
 from metaint.models.protocol import Model
 from metaint.models.reading import first_tensor
 from metaint.probes.means import Means, as_dataset
@@ -100,6 +100,7 @@ class SaturationProbe(Probe):
         self._changed: Tensor | None = None
         self._patterns: Callable[..., Tensor] | None = None
         self._value_hook = "hook_v"
+        self._values: Callable[[Tensor], Tensor] | None = None
         # Where the pattern is told after it was used: W_O by layer, and what is added to attention's output instead.
         self._outputs: dict[int, Tensor] | None = None
         self._added: Tensor | None = None
@@ -119,7 +120,7 @@ class SaturationProbe(Probe):
             else:
                 require(model, ["output_sum"])
                 self._outputs = {layer: weight.detach() for layer, weight in by_layer(model, "W_O").items()}
-        self._value_hook = value_hook(model)
+        self._value_hook, self._values = value_hook(model), partial(values_of, model)
         super().prepare(model)
 
     def hook_names(self, shape: Shape) -> list[str]:
@@ -165,11 +166,11 @@ class SaturationProbe(Probe):
                 "SaturationProbe changes what it compares, so it can't read a cache: use metaint.scan, or "
                 "metaint.attach around model(probe.stacked(tokens))."
             )
+        _, layer, *part = name.split(".")
+        if name.endswith(self._value_hook) and self._values is not None:
+            part, activation = ["hook_v"], self._values(activation)
         if self.opens_pass(name, watch):
             self._begin(activation, watch)
-        _, layer, *part = name.split(".")
-        if name.endswith(self._value_hook):
-            part = ["hook_v"]
         if self._outputs is not None and part[-1] == "hook_pattern":
             value, z = self._held.pop("hook_v"), self._held.pop("hook_z")
             changed = self._read_attention(int(layer), activation, value, z)
@@ -224,6 +225,7 @@ class SaturationProbe(Probe):
             **super().__getstate__(),
             "_patterns": None,
             "_outputs": None,
+            "_values": None,
             "_held": {},
             "_changed": None,
             "_added": None,
@@ -240,14 +242,14 @@ class SaturationProbe(Probe):
         if self.shape.learnt_sinks:  # a key before all others, which holds nothing
             pattern = torch.cat([(1 - pattern.sum(-1, keepdim=True)).clamp(min=0), pattern], -1)
             value = torch.nn.functional.pad(value, (0, 0, 1, 0))
-        by_head = z.unflatten(-1, (pattern.shape[1], -1)) if z.ndim == 3 else z
+        heads = by_head(z, self.shape.n_heads)
         for b in range(batch):
-            own = by_head[b].to(dtype)
+            own = heads[b].to(dtype)
             rows = HeadRows.read(pattern[b], value[b], own, self.kappas, self._context.causal, self.tau)
             self._fold_heads(layer, b, rows.at(self._context.counted[b]))
         if not self.edited:
             return None
-        mixed = torch.empty_like(by_head[batch:], dtype=dtype)
+        mixed = torch.empty_like(heads[batch:], dtype=dtype)
         for i in range(len(mixed)):
             kappas = (self.edited[i // batch],)
             for block in blocks(pattern[batch + i], self._context.causal, self.tau):
