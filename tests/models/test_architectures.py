@@ -13,6 +13,11 @@ from tests.models.handmade import HandMade
 TOKENS = torch.arange(40).reshape(2, 20) + 4
 
 
+def plain_loss(logits, tokens):
+    """Mean next-token loss of each sequence."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none").mean(-1)
+
+
 def statuses(model):
     table = metaint.audit(model)
     return dict(zip(table["check"], table["status"], strict=True))
@@ -20,15 +25,27 @@ def statuses(model):
 
 @needs_bridge
 @pytest.mark.parametrize("kind", ["deepseek2", "deepseek3"])
-def test_latent_attention_has_no_head_to_ablate(kind):
-    """hook_z is cut into as many rows as make d_head, so that "head h" is half of head h // 2."""
-    model = bridged(kind)
+def test_latent_attention_s_hooks_are_named_and_its_heads_ablated_whole(kind):
+    """hook_z is cut into as many rows as make d_head, so that "head h" of it is half of head h // 2."""
+    model, theirs = bridged(kind), original(kind)
     assert statuses(model)["head_shapes"] == "fails"
-    sentence = (
-        r"^The hook audit's head_shapes fails at blocks\.0\.attn\.hook_\w \(difference \d+\): It should hold that"
-    )
-    with pytest.raises(HookAuditError, match=sentence):
-        metaint.ablate(model, TOKENS.repeat(1, 2), ["0.1"])
+    tokens = TOKENS.repeat(1, 2)
+    ours = metaint.ablate(model, tokens, ["0.1"], how="zero", metric=plain_loss)
+    output = theirs.model.layers[0].self_attn.o_proj
+    width = output.in_features // model.cfg.n_heads
+
+    def without_head_1(module, inputs):
+        (z,) = inputs
+        z = z.clone()
+        z[..., width : 2 * width] = 0
+        return (z,)
+
+    with torch.no_grad():
+        before = float(plain_loss(theirs(tokens).logits, tokens).mean())
+        handle = output.register_forward_pre_hook(without_head_1)
+        after = float(plain_loss(theirs(tokens).logits, tokens).mean())
+        handle.remove()
+    assert float(ours["effect"].sel(layer=0, head=1)) == pytest.approx(after - before, abs=1e-5)
 
 
 @needs_bridge

@@ -154,7 +154,7 @@ def test_three_probes_in_one_pass(run, folder, tmp_path):
     [
         (
             ["--probes", "heads,norms"],
-            "--probes is 'heads,norms': join some of heads, residual, inner, saturation, memory, weights by commas",
+            "--probes is 'heads,norms': join some of heads, outputs, residual, inner, saturation, memory, weights",
         ),
         (["--probes", "inner,inner"], "--probes is 'inner,inner': join some of"),
         (["--probes", ""], "--probes is '': join some of"),
