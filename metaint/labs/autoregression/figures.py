@@ -16,7 +16,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from metaint.errors import InputError
-from metaint.measures.autoregression import augmented_optimum, diagonal_minimum
+from metaint.measures.closed_forms import augmented_optimum, diagonal_minimum
 from metaint.views.drawing.panels import (
     BLUE,
     COLOURS,
