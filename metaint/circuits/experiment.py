@@ -89,7 +89,7 @@ def set_up(
         batch_size = max(1, TOKENS // tokens.shape[1])
     counted, weights = _counted(chosen, patterns, tokens, batch_size)
     donors = cycle(len(tokens), seed) if how == "resample" else None
-    require(model, ["edit_z"])
+    require(model, ["head_shapes", "edit_z"])
     if how == "pattern_preserving":
         require(model, ["value_mix", "pattern_fires"])
     if patterns is not None:

@@ -25,7 +25,8 @@ from metaint.models.tokens import starts_with_bos
 from metaint.probes.inner import InnerProbe
 from metaint.probes.residual import ResidualProbe
 from metaint.scanning.scan import scan
-from metaint.scans.store import save, write_text
+from metaint.scans.store import save
+from metaint.scans.whole import write_text
 from metaint.tasks import bigram
 from metaint.tasks.text import fold_prose, python_prose
 from metaint.views.drawing.terminal import number, plain_table

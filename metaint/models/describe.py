@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from metaint.errors import InputError
+from metaint.models.direction import is_causal as is_causal
 from metaint.models.protocol import Model
 
 
@@ -25,25 +26,34 @@ class Shape:
 
 
 def check_open(model: Any) -> None:
-    """InputError for a model that transformers has loaded and nobody has opened: it has no hooks to read."""
+    """InputError for a model that transformers has loaded and nobody has opened, which has no hooks to read, and for
+    one that does not read a sequence of token ids alone."""
     if hasattr(model, "config") and not hasattr(model, "cfg"):
         raise InputError(
             f"model is a {type(model).__name__} of transformers: open it with metaint.open_model(model, tokenizer=...)."
         )
+    if reads := _reads_otherwise(model):
+        wrapped = type(getattr(model, "original_model", model)).__name__
+        raise InputError(f"model is a {wrapped}, {reads}: give one that reads one sequence of token ids.")
+
+
+def _reads_otherwise(model: Any) -> str:
+    """What a model reads beside or instead of one sequence of token ids; empty for the usual."""
+    cfg = getattr(model, "cfg", None)  # None for what is no model at all
+    if getattr(cfg, "is_visual_model", False):
+        return "which reads images"
+    if getattr(cfg, "is_audio_model", False):
+        return "which reads sound"
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    both = getattr(config, "is_encoder_decoder", False)
+    return "an encoder and a decoder, whose attention lies in two stacks" if both else ""
 
 
 def shape_of(model: Model) -> Shape:
     """The shape of any model with a TransformerLens `cfg`."""
+    check_open(model)
     causal, cfg = is_causal(model), model.cfg
     return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model), int(cfg.d_model), sublayers_of(model))
-
-
-def is_causal(model: Model) -> bool:
-    """Whether queries see earlier keys alone; the bridge of TransformerLens 3.9 calls BERT causal, which it is not."""
-    check_open(model)
-    cfg = model.cfg
-    bert = "Bert" in str(getattr(cfg, "architecture", ""))
-    return not bert and getattr(cfg, "attention_dir", "causal") != "bidirectional"
 
 
 def windows_of(model: Model) -> tuple[int, ...]:
@@ -74,7 +84,8 @@ def weight_processing(model: Model) -> str:
 def facts_of(model: Model) -> dict[str, str | int]:
     """Attributes of a scan that belong to the model: name, revision, weight processing, dtype, device, sizes.
 
-    For a model out of a GGUF also `quantisation`, `source_file` and `source_sha256`.
+    For a model out of a GGUF also `quantisation`, `source_file` and `source_sha256`; for one whose checkpoint has not
+    all its weights, or more, `random_weights` and `unused_weights`.
     """
     cfg = model.cfg
     parameter = next(iter(model.parameters()), torch.empty(0))

@@ -88,6 +88,11 @@ def normalised(model: Model, layer: int, vectors: Float[Tensor, "*rest d_model"]
     return normaliser(model, layer)(vectors)
 
 
+def norm_after(model: Model, layer: int) -> Norm | None:
+    """The norm between a layer's attention and the addition to the stream; raises Unavailable as `folded_weights`."""
+    return _norm(model, layer, norms_of(model)[layer].after)
+
+
 def attention_input(trial: Trial) -> Iterator[Pair]:
     """hook_q, hook_k and hook_v against the normalised stream times folded weights, and what biases add."""
     model, reading = trial.model, trial.reading

@@ -14,7 +14,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaint.models.describe import is_causal
+from metaint.models.direction import is_causal
 from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
 from metaint.models.protocol import Model
 from metaint.models.reading import Reading, Unavailable, widen

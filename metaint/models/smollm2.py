@@ -84,7 +84,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _convert(origin: Packaged, folder: Path) -> None:
     from metaint.models.gguf import open_gguf, quiet
-    from metaint.scans.store import whole_folder
+    from metaint.scans.whole import whole_folder
 
     opened = open_gguf(origin.path, torch.float32)
     _sweep(folder)

@@ -17,6 +17,8 @@ from metaint.measures.resampling import bootstrap_interval
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
+from metaint.models.protocol import Model
+from metaint.probes.largest_logits import NAMES as LOGITS, ScoreReader, fold_logits, logit_variables
 from metaint.probes.probe import Probe
 from metaint.scans.assemble import shaped
 
@@ -27,7 +29,8 @@ class HeadProbe(Probe):
     State: for each sequence, slot, layer and head the sum over its queries, and how many they were; what uniform
     attention sums to on the same tokens; mean and variance of the shuffled null. About 40 kB a sequence at
     12 x 12 heads. One sequence fed in several passes (generation with a key-value cache) stays one sequence; without
-    a cache each pass reads its rows again.
+    a cache each pass reads its rows again. With `max_logit`, also the largest attention logit before the softmax, from
+    queries and keys or else `hook_attn_scores`, whichever is found to make the pattern (NaN where neither does).
 
     >>> import metaint
     >>> from metaint.toys.small import small_transformer
@@ -46,11 +49,18 @@ class HeadProbe(Probe):
     uniform: list[Float[Tensor, "sequence slot layer"]]
     null_mean: Float[Tensor, "slot layer head"]
     null_variance: Float[Tensor, "slot layer head"]
+    largest_logit: Float[Tensor, "layer head"]
+    logit_histogram: Float[Tensor, "layer head bin"]
     # Of the pass that is being read.
     _plan: "Plan"
 
-    def __init__(self, measures: Iterable[str | Measure] | None = None) -> None:
+    def __init__(self, measures: Iterable[str | Measure] | None = None, *, max_logit: bool = False) -> None:
         super().__init__()
+        self.max_logit = max_logit
+        self._scores: ScoreReader | None = None
+        # What was read of a layer before its pattern, and whether a pass was opened by it.
+        self.held: dict[str, Tensor] = {}
+        self._opened = False
         self.measures = resolve(measures)
         self.kinds = [m for m in self.measures if m.form == "kind"]
         self.statistics = [m for m in self.measures if m.form == "statistic"]
@@ -58,6 +68,13 @@ class HeadProbe(Probe):
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("null_mean", "null_variance", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+        if max_logit:
+            self.add_state("largest_logit", torch.tensor(-torch.inf), dist_reduce_fx="max")
+            self.add_state("logit_histogram", torch.zeros(()), dist_reduce_fx="sum")
+
+    def prepare(self, model: Model) -> None:
+        self._scores = ScoreReader.of(model) if self.max_logit else None
+        super().prepare(model)
 
     @cached_property
     def slots(self) -> dict[str, slice]:
@@ -69,24 +86,38 @@ class HeadProbe(Probe):
         return places
 
     @property
+    def context(self) -> Context:
+        """The queries and keys of the pass that is being read."""
+        return self._plan.context
+
+    @property
     def n_slots(self) -> int:
         return max((place.stop for place in self.slots.values()), default=0)
 
     def hook_names(self, shape: Shape) -> list[str]:
-        return [f"blocks.{layer}.attn.hook_pattern" for layer in range(shape.n_layers)]
+        parts = [*(self._scores.hooks if self._scores else ()), "hook_pattern"]
+        return [f"blocks.{layer}.attn.{part}" for layer in range(shape.n_layers) for part in parts]
 
     def update(self, name: str, activation: Float[Tensor, "batch head query key"], watch: InputWatch) -> None:
         """Fold the rows of one layer's pattern into the sums of the sequences they belong to."""
-        if self.opens_pass(name, watch):
+        self._opened |= self.opens_pass(name, watch)
+        _, layer, _, part = name.split(".")
+        if part != "hook_pattern":  # queries, keys or scores, which come before it
+            self.held[part] = activation
+            return
+        if self._opened:
             self._begin(watch, activation)
+        if self._scores is not None:
+            fold_logits(self, self._scores, int(layer), activation)
         # A sliding-window cache holds the last keys alone; the others get no weight.
         missing = self._plan.context.mask.shape[1] - activation.shape[-1]
         if missing:
             activation = torch.nn.functional.pad(activation, (missing, 0))
-        self._fold(int(name.split(".")[1]), Tile(activation, self._plan.context))
+        self._fold(int(layer), Tile(activation, self._plan.context))
 
     def _begin(self, watch: InputWatch, pattern: Tensor) -> None:
         """A forward pass starts: learn its inputs, and make room for its sequences unless they go on."""
+        self._opened = False
         batch, _, queries, keys = pattern.shape
         inputs = watch.resolve(batch, queries, keys, pattern.device)
         positions = torch.arange(inputs.past, inputs.past + queries, device=pattern.device)
@@ -164,7 +195,7 @@ class HeadProbe(Probe):
             for suffix, value in scores.items():
                 full = value.expand(-1, -1, sums.shape[-1])
                 found[measure.name + suffix] = full if measure.per_tau else full[0]
-        return found
+        return found | logit_variables(self) if self.max_logit else found
 
     def to_dataset(self) -> xr.Dataset:
         variables = self.compute()
@@ -177,9 +208,9 @@ class HeadProbe(Probe):
         data = xr.Dataset(
             {k: shaped(("tau", *each) if v.ndim == 3 else each, v, coords) for k, v in variables.items()}, coords
         )
-        for measure in self.measures:
-            if measure.name in data:
-                data[measure.name].attrs["description"] = (measure.__doc__ or "").strip().split("\n")[0]
+        words = LOGITS | {each.name: (each.__doc__ or "").strip().split("\n")[0] for each in self.measures}
+        for name in words.keys() & data.keys():
+            data[name].attrs["description"] = words[name]
         sequences = sum(len(block) for block in self.sums)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences)
         return data

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from metaint.errors import HookAuditError, InputError
-from metaint.models.audit import require
+from metaint.models.audit import mistrust_of_mask, require
 from metaint.models.describe import Shape, facts_of, shape_of
 from metaint.models.inputs import InputWatch
 from metaint.models.protocol import Model
@@ -129,6 +129,8 @@ class Probe(Metric):
         be seen from hooks: pass `attention_mask` if there is any. `metaint.attach` learns both by itself.
         """
         watch = InputWatch()
+        if attention_mask is not None and (mistrust := mistrust_of_mask(model, attention_mask)):
+            raise HookAuditError(mistrust)
 
         def begin(activation: Tensor, hook: Any) -> None:
             watch.begin(activation if tokens is None else tokens, attention_mask)

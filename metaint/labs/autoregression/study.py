@@ -26,7 +26,7 @@ from metaint.labs.autoregression.settings import MODELS, SIZES, Settings, runs
 from metaint.labs.autoregression.training import DESCENTS, positional_descent
 from metaint.labs.common.side_by_side import check_study, train_all
 from metaint.measures.recurrence import interaction, positional_rows
-from metaint.scans.store import write_text
+from metaint.scans.whole import write_text
 from metaint.toys.vector_model import VectorModel
 
 __all__ = ["MODELS", "SIZES", "Findings", "Settings", "autoregression_figures", "label", "run", "runs", "study"]
