@@ -232,12 +232,12 @@ def regression_scan(s: Settings, model: Any) -> xr.Dataset:
         (gradient,) = torch.autograd.grad(predicted.sum(), tokens)
     own = gradient[:, -1, : s.d]
     predicted = predicted.detach()
-    found = {"loss": predicted, "loss_zero": torch.zeros_like(predicted)}
+    guesses = {"loss": predicted, "loss_zero": torch.zeros_like(predicted)}
     weights = {f"gradient_steps_{k}": best_descent(sample, k) for k in DESCENTS}
     weights["least_squares"] = autoregression.regression_least_squares(sample.inputs, sample.outputs)
     for name, w in weights.items():
-        found[f"loss_{name}"] = (w * sample.queries).sum(-1)
-    values = {name: 0.5 * (guess - sample.answers).square().mean().item() for name, guess in found.items()}
+        guesses[f"loss_{name}"] = (w * sample.queries).sum(-1)
+    values = {name: 0.5 * (guess - sample.answers).square().mean().item() for name, guess in guesses.items()}
     eta = closed_forms.regression_optimum(s.length, s.d).eta
     step = autoregression.regression_descent(sample.inputs, sample.outputs, eta)
     f, g = predicted[:, None], (step * sample.queries).sum(-1, keepdim=True)
