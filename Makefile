@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes; the one that is done first takes from the other's rest.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo toy smollm2 tables test test-fast faults notebooks pictures lint bench test-tl3 test-tl2 clean
+.PHONY: demo toy smollm2 tables architectures test test-fast faults notebooks pictures lint bench test-tl3 test-tl2 clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,10 @@ smollm2: .venv/installed
 # The reference tables of SmolLM2's heads, in docs/heads.
 tables: smollm2
 	$(BIN)/python docs/tables.py
+
+# The matrix of docs/architectures.md: tiny models of a hundred architectures beside what transformers computes.
+architectures: .venv/installed
+	$(BIN)/python docs/architectures.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

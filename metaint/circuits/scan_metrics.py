@@ -150,9 +150,12 @@ def _heads(metric: ScanMetric, subject: Subject) -> dict[int, list[int]]:
         for layer, head in sorted(subject.head(name) for name in metric.heads):
             by_layer.setdefault(layer, []).append(head)
         return by_layer
-    layers = subject.layers if metric.layers is None else metric.layers
+    attending = subject.shape.attending
+    layers = attending if metric.layers is None else metric.layers
     if outside := [layer for layer in layers if layer not in subject.layers]:
         raise InputError(f"layers of the metric have {outside[0]}: this model's are 0 to {subject.layers[-1]}.")
+    if outside := [layer for layer in layers if layer not in attending]:
+        raise InputError(f"layers of the metric have {outside[0]}, which doesn't attend: name from {list(attending)}.")
     return {layer: list(range(subject.shape.n_heads)) for layer in layers}
 
 

@@ -25,13 +25,16 @@ class Block(NamedTuple):
 
 
 def blocks(pattern: Float[Tensor, "head query key"], causal: bool, tau: float = saturation.TIE) -> Iterator[Block]:
-    """The rows in blocks, cut at the diagonal if the pattern is causal, which halves the work."""
+    """The rows in blocks, cut at the diagonal if the pattern is causal, which halves the work.
+
+    A pattern may have a column more than queries, the first, for a sink that every query sees.
+    """
     heads, queries, keys = pattern.shape
     step = max(32, (BLOCK_CPU if pattern.device.type == "cpu" else BLOCK_DEVICE) // (heads * keys))
     dtype = torch.promote_types(pattern.dtype, torch.float32)
     for start in range(0, queries, step):
         rows = slice(start, min(start + step, queries))
-        stop = rows.stop if causal else keys
+        stop = rows.stop + keys - queries if causal else keys
         yield Block(rows, stop, saturation.relative_weights(pattern[:, rows, :stop].to(dtype), tau))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metaint.errors import HookAuditError, InputError, MetaintError, ModelError
 from metaint.models import invariants, layout
-from metaint.models.describe import check_open
+from metaint.models.describe import attending_layers, check_open
 from metaint.models.direction import learn_direction, sharing_half
 from metaint.models.edits import effects_of
 from metaint.models.folded import attention_input
@@ -81,10 +81,11 @@ CHECKS = (*_ATTENTION, *_WEIGHTS, *_EDITS, *_MASKS)
 
 # What the checks of each part read in a block.
 _ATTENTION_HOOKS = ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k"]
-_ATTENTION_HOOKS += ["attn.hook_pattern", "attn.hook_z"]
+_ATTENTION_HOOKS += ["attn.hook_pattern", "attn.hook_z", "attn.v_norm.hook_out"]
+_ATTENTION_HOOKS += ["attn.hook_q_normed", "attn.hook_k_normed"]
 _WEIGHT_HOOKS = ["hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out"]
 _WEIGHT_HOOKS += ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.o.hook_out", "attn.hook_out"]
-_WEIGHT_HOOKS += ["ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out"]
+_WEIGHT_HOOKS += ["ln1_post.hook_out", "ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out"]
 _WEIGHT_HOOKS += ["ln2.hook_normalized", "hook_mlp_out", "hook_resid_post"]
 
 _cache: WeakKeyDictionary[Any, dict[tuple[Any, ...], list[Finding]]] = WeakKeyDictionary()
@@ -223,7 +224,8 @@ def _try_edits(model: Model, name: str) -> Finding:
         layer, difference = effects.astray
         note = f"an edit of one head at {short} should change what that head writes, and nothing else"
         return Finding(name, "fails", difference, f"blocks.{layer}.{hook}", _sentence(note))
-    effect, weakest = min((effect, layer) for layer, effect in enumerate(effects.logits))
+    layers = attending_layers(model) if hook.startswith("attn.") else range(int(model.cfg.n_layers))
+    effect, weakest = min((effects.logits[layer], layer) for layer in layers)
     where = f"blocks.{weakest}.{hook}"
     if effect > effects.noise:
         return Finding(name, "holds", effect, where, _sentence(f"an edit at {short} changes the logits"))

@@ -1,13 +1,18 @@
 """What a model is: its shape, and the facts a scan records about it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.models.direction import is_causal as is_causal
 from metaint.models.protocol import Model
+
+_attending: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,15 @@ class Shape:
     # What a block adds to the stream, and where: "sequential" (the MLP reads what attention wrote), "parallel" (both
     # read the same stream) or "attention" (there is no MLP).
     sublayers: str = "sequential"
+    # What each layer mixes positions by: "attention", or the model's own word for another thing ("mamba", "conv").
+    layer_kinds: tuple[str, ...] = ()
+    # Whether each head has a learnt score that takes part in the softmax and stands for no key (gpt-oss).
+    learnt_sinks: bool = False
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that attend; all where none is known to do something else."""
+        return attending_among(self.layer_kinds) or tuple(range(self.n_layers))
 
 
 def check_open(model: Any) -> None:
@@ -53,7 +67,8 @@ def shape_of(model: Model) -> Shape:
     """The shape of any model with a TransformerLens `cfg`."""
     check_open(model)
     causal, cfg = is_causal(model), model.cfg
-    return Shape(cfg.n_layers, cfg.n_heads, causal, windows_of(model), int(cfg.d_model), sublayers_of(model))
+    sizes = (cfg.n_layers, cfg.n_heads, causal, windows_of(model), int(cfg.d_model))
+    return Shape(*sizes, sublayers_of(model), layer_kinds_of(model), sink_scores(model) is not None)
 
 
 def windows_of(model: Model) -> tuple[int, ...]:
@@ -65,6 +80,48 @@ def windows_of(model: Model) -> tuple[int, ...]:
     size = getattr(config, "sliding_window", None) or getattr(cfg, "window_size", None) or 0
     local = [kind in ("sliding_attention", "local") for kind in kinds] or [False] * cfg.n_layers
     return tuple(int(size) if here else 0 for here in local[: cfg.n_layers])
+
+
+def layer_kinds_of(model: Model) -> tuple[str, ...]:
+    """What each layer mixes positions by: "attention" where it has a pattern, else what the config calls the layer."""
+    hook_points, n_layers = model.hook_dict, int(model.cfg.n_layers)
+    attends = [f"blocks.{layer}.attn.hook_pattern" in hook_points for layer in range(n_layers)]
+    if all(attends) or not any(attends):
+        return ("attention",) * n_layers  # where no layer has a pattern, whoever reads one says so
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    names = ("layer_types", "layers_block_type", "block_types", "layer_block_types")
+    lists = [value for name in names if (value := getattr(config, name, None))]
+    words = next((list(map(str, value)) for value in lists if len(value) == n_layers), ["other"] * n_layers)
+    return tuple("attention" if here else word for here, word in zip(attends, words, strict=True))
+
+
+def attending_among(kinds: Sequence[str]) -> tuple[int, ...]:
+    """The layers of the kind that attends."""
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == "attention")
+
+
+def attending_layers(model: Model) -> tuple[int, ...]:
+    """The layers of a model that attend, remembered for as long as it lives."""
+    if model not in _attending:
+        _attending[model] = attending_among(layer_kinds_of(model))
+    return _attending[model]
+
+
+def by_layer(model: Model, name: str) -> dict[int, Tensor]:
+    """A stack of weights such as "W_O" by the numbers of its layers: a bridge stacks the layers that attend alone."""
+    stack = getattr(model, name)
+    if len(stack) == int(model.cfg.n_layers):
+        return dict(enumerate(stack))
+    return dict(zip(attending_layers(model), stack, strict=True))
+
+
+def sink_scores(model: Model) -> list[Tensor] | None:
+    """The learnt score [head] of each layer that takes part in its softmax and stands for no key; None without any."""
+    wrapped = getattr(model, "original_model", None)
+    if wrapped is None:
+        return None
+    sinks = [parameter.detach() for name, parameter in wrapped.named_parameters() if name.endswith(".sinks")]
+    return sinks if len(sinks) == int(model.cfg.n_layers) else None
 
 
 def sublayers_of(model: Model) -> str:

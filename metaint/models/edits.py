@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaint.models.describe import attending_layers, by_layer
+from metaint.models.heads import by_head
 from metaint.models.protocol import Model
 from metaint.models.reading import Edit, logits_after, random_tokens, tolerance, widen
 
@@ -40,9 +42,10 @@ def effects_of(model: Model, hook: str, length: int) -> Effects:
     change = _other_pattern if short == "hook_pattern" else _other_values
     seen: dict[str, Tensor] = {}
     edits: dict[str, Edit] = {}
-    for layer in range(n_layers):
+    layers = attending_layers(model) if hook.startswith("attn.") else range(n_layers)
+    for layer in layers:
         whole = partial(_edit_row, change, layer + 1)
-        head = partial(_edit_head, layer + 1, layer % int(model.cfg.n_heads), f"z{layer}", seen)
+        head = partial(_edit_head, layer + 1, int(model.cfg.n_heads), layer, seen)
         edits[f"blocks.{layer}.{hook}"] = head if short == "hook_z" else whole
     watched = _writings(model, n_layers, seen) if short == "hook_z" else {}
     logits = widen(logits_after(model, tokens, edits, watched))
@@ -70,10 +73,10 @@ def _astray(model: Model, seen: dict[str, Tensor]) -> tuple[int, float] | None:
     """The layer where attention's output did not change by what the edited head writes; None where none did, or where
     the model does not tell: without W_O for each head, or without a hook on that output."""
     try:
-        weights = model.W_O  # which a bridge makes anew at each call
+        weights = by_layer(model, "W_O")  # which a bridge makes anew at each call
     except Exception:  # AttributeError or NotImplementedError, by architecture and version
         return None
-    for layer in range(int(model.cfg.n_layers)):
+    for layer in weights:
         change, written = seen.get(f"z{layer}"), seen.get(f"out{layer}")
         output = widen(weights[layer][layer % int(model.cfg.n_heads)].detach())
         if change is None or written is None or change.shape[-1] != len(output):
@@ -81,7 +84,7 @@ def _astray(model: Model, seen: dict[str, Tensor]) -> tuple[int, float] | None:
         expected = change @ output
         difference = float((written[1] - written[0] - expected).abs().max())
         magnitude = float(written.abs().max() + expected.abs().max())  # rounding scales with what all heads write
-        if not difference <= tolerance(weights.dtype) * magnitude:
+        if not difference <= tolerance(weights[layer].dtype) * magnitude:
             return layer, difference
     return None
 
@@ -92,14 +95,13 @@ def _edit_row(change: Other, row: int, activation: Tensor) -> Tensor:
     return edited
 
 
-def _edit_head(row: int, head: int, key: str, seen: dict[str, Tensor], z: Tensor) -> Tensor:
-    """Another z for one head of one row; the whole row where z has no dimension of heads."""
-    if z.ndim != 4 or head >= z.shape[2]:
-        return _edit_row(_other_values, row, z)
-    edited = z.clone()
-    edited[row, :, head] = _other_values(z[row, :, head])
-    seen[key] = widen(edited[row, :, head]) - widen(z[0, :, head])
-    return edited
+def _edit_head(row: int, n_heads: int, layer: int, seen: dict[str, Tensor], z: Tensor) -> Tensor:
+    """Another z for one head of one row, however the hook divides what heads give."""
+    head = layer % n_heads
+    edited = by_head(z.clone(), n_heads)
+    edited[row, :, head] = _other_values(edited[row, :, head])
+    seen[f"z{layer}"] = widen(edited[row, :, head]) - widen(by_head(z, n_heads)[0, :, head])
+    return edited.reshape(z.shape)
 
 
 def _other_pattern(pattern: Tensor) -> Tensor:

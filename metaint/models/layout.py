@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from metaint.models.direction import halves, is_causal
+from metaint.models.heads import by_head
 from metaint.models.invariants import Pair, Trial
 
 
@@ -25,12 +26,15 @@ def head_shapes(trial: Trial) -> Iterator[Pair]:
     shared."""
     batch, length = trial.reading.logits.shape[:2]
     n_heads = int(trial.model.cfg.n_heads)
-    for layer in trial.layers:
+    for layer in trial.attending:
         for letter in "qkvz":
             name = f"blocks.{layer}.attn.hook_{letter}"
             if name not in trial.reading and letter != "z":
                 continue
-            shape = list(trial.reading[name].shape)
+            activation = trial.reading[name]
+            if letter == "z":  # which is read by heads however it is divided
+                activation = by_head(activation, n_heads)
+            shape = list(activation.shape)
             shared = letter in "kv" and len(shape) == 4 and shape[2] > 0 and n_heads % shape[2] == 0
             heads = shape[2] if shared else n_heads
             yield Pair(name, torch.tensor(shape), torch.tensor([batch, length, heads, shape[-1]]))

@@ -55,6 +55,7 @@ def read(model: Model, tokens: Tensor, names: Sequence[str], **options: Any) -> 
 
     def keep(name: str) -> Callable[..., None]:
         def hook(activation: Any, hook: Any) -> None:
+            activation = first_tensor(activation)
             if isinstance(activation, Tensor):
                 # A copy: some models add to the residual stream in place.
                 activations[name] = activation.detach().clone()
@@ -65,6 +66,11 @@ def read(model: Model, tokens: Tensor, names: Sequence[str], **options: Any) -> 
     present = [name for name in names if name in hook_points]
     logits = _forward(model, tokens, [(name, keep(name)) for name in present], **options)
     return Reading(activations, logits)
+
+
+def first_tensor(activation: Any) -> Any:
+    """What a hook is told, where a block gives a list or a tuple (GPT-1) its first item."""
+    return activation[0] if isinstance(activation, list | tuple) and activation else activation
 
 
 def logits_after(

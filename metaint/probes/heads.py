@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from metaint.errors import ActivationError
-from metaint.measures.attention import Measure, Pairs, resolve, shuffled, targets
+from metaint.measures.attention import Measure, Pairs, resolve, shuffled, sink_mass, sink_rate, targets
 from metaint.measures.resampling import bootstrap_interval
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import Shape
@@ -21,6 +21,9 @@ from metaint.models.protocol import Model
 from metaint.probes.largest_logits import NAMES as LOGITS, ScoreReader, fold_logits, logit_variables
 from metaint.probes.probe import Probe
 from metaint.scans.assemble import shaped
+
+# Statistics of how much weight there is, and not of how it is spread.
+_OF_WEIGHTS = (sink_mass, sink_rate)
 
 
 class HeadProbe(Probe):
@@ -31,6 +34,10 @@ class HeadProbe(Probe):
     12 x 12 heads. One sequence fed in several passes (generation with a key-value cache) stays one sequence; without
     a cache each pass reads its rows again. With `max_logit`, also the largest attention logit before the softmax, from
     queries and keys or else `hook_attn_scores`, whichever is found to make the pattern (NaN where neither does).
+
+    Where a learnt sink takes part of each row (gpt-oss), scores of kinds and `sink_rate` are of the weights as they
+    are, so that a head which mostly looks at its sink scores little; `sink_mass` is the rest; all other statistics are
+    of the row divided by its sum.
 
     >>> import metaint
     >>> from metaint.toys.small import small_transformer
@@ -61,9 +68,9 @@ class HeadProbe(Probe):
         # What was read of a layer before its pattern, and whether a pass was opened by it.
         self.held: dict[str, Tensor] = {}
         self._opened = False
-        self.measures = resolve(measures)
-        self.kinds = [m for m in self.measures if m.form == "kind"]
-        self.statistics = [m for m in self.measures if m.form == "statistic"]
+        self._chosen = resolve(measures)
+        self._all = measures is None
+        self.kinds = [m for m in self._chosen if m.form == "kind"]
         for name in ("sums", "counts", "uniform"):
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("null_mean", "null_variance", "tokens_seen"):
@@ -76,7 +83,17 @@ class HeadProbe(Probe):
         self._scores = ScoreReader.of(model) if self.max_logit else None
         super().prepare(model)
 
-    @cached_property
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What is read; where heads have learnt sinks and no measures were chosen, `sink_mass` too."""
+        sinks = self._all and self._shape is not None and self._shape.learnt_sinks
+        return (*self._chosen, sink_mass) if sinks else self._chosen
+
+    @property
+    def statistics(self) -> list[Measure]:
+        return [m for m in self.measures if m.form == "statistic"]
+
+    @property
     def slots(self) -> dict[str, slice]:
         """Where each measure's numbers lie along the slot dimension: kinds, then statistics."""
         places, start = {}, 0
@@ -96,7 +113,7 @@ class HeadProbe(Probe):
 
     def hook_names(self, shape: Shape) -> list[str]:
         parts = [*(self._scores.hooks if self._scores else ()), "hook_pattern"]
-        return [f"blocks.{layer}.attn.{part}" for layer in range(shape.n_layers) for part in parts]
+        return [f"blocks.{layer}.attn.{part}" for layer in shape.attending for part in parts]
 
     def update(self, name: str, activation: Float[Tensor, "batch head query key"], watch: InputWatch) -> None:
         """Fold the rows of one layer's pattern into the sums of the sequences they belong to."""
@@ -150,7 +167,9 @@ class HeadProbe(Probe):
             uniform[:, n_kinds:, layer] += plan.uniform_statistics(self, full)
         if self.kinds:
             uniform[:, :n_kinds, layer] += plan.uniform_kinds.to(full)
-            mean, variance = shuffled(tile, plan.matches)
+            sinks = self._shape is not None and self._shape.learnt_sinks
+            total = tile.pattern.sum(-1) if sinks else 1.0
+            mean, variance = shuffled(tile, plan.matches, total)
             self.null_mean[:, layer] += mean.sum(1, dtype=full)
             self.null_variance[:, layer] += variance.sum(1, dtype=full)
 
@@ -172,7 +191,13 @@ class HeadProbe(Probe):
         """Every statistic of every row, 0 where it is not defined, and where it is."""
         batch, heads, queries, _ = tile.pattern.shape
         rows = [torch.empty(0, batch, heads, queries, device=tile.pattern.device)]
-        rows += [measure(tile) if measure.per_tau else measure(tile)[None] for measure in self.statistics]
+        shape = tile
+        if self._shape is not None and self._shape.learnt_sinks:  # rows that sum to less than one
+            total = tile.pattern.sum(-1, keepdim=True)
+            shape = Tile(tile.pattern / total.clamp(min=torch.finfo(total.dtype).tiny), tile.context)
+        for measure in self.statistics:
+            values = measure(tile if measure in _OF_WEIGHTS else shape)
+            rows.append(values if measure.per_tau else values[None])
         values = torch.cat(rows)
         defined = ~values.isnan().any(2) & tile.context.counted
         return values.masked_fill_(~defined[:, :, None], 0), defined
@@ -202,6 +227,7 @@ class HeadProbe(Probe):
         shape = self._shape or Shape(0, 0, True)
         coords: dict[str, Any] = {"layer": range(shape.n_layers), "head": range(shape.n_heads)}
         coords["window"] = ("layer", list(shape.windows) or [0] * shape.n_layers)
+        coords["layer_kind"] = ("layer", list(shape.layer_kinds) or ["attention"] * shape.n_layers)
         if any(value.ndim == 3 for value in variables.values()):
             coords["tau"] = list(TAUS)
         each = ("layer", "head")

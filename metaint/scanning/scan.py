@@ -1,7 +1,7 @@
 """Reading a model: in one call (`scan`), inside the owner's own passes (`attach`), or from a cache (`read_cache`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import xarray as xr
@@ -57,8 +57,10 @@ def _attached(model: Model, probes: Sequence[Probe], private: bool) -> Iterator[
         check_finite(model)
     for probe in probes:
         probe.read_weights(model)
-    with watching(model) as watch:
+    with watching(model) as watch, ExitStack() as stack:
         watch.private = private
+        for module, hook in (pair for probe in probes for pair in probe.module_hooks(model)):
+            stack.callback(module.register_forward_hook(hook).remove)
         hooks = [hook for probe in probes for hook in probe.hooks(model, watch)]
         with model.hooks(fwd_hooks=hooks):
             yield

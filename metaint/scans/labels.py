@@ -99,7 +99,10 @@ def label_heads(
         enough &= np.isnan(case.low) | (case.low > case.floor)
         earned |= enough
         rows += [_row(i, j, label, case, on_first) for i, j in np.argwhere(enough)]
-    rows += [_row(i, j, "none", None, on_first) for i, j in np.argwhere(~earned)]
+    read = np.ones(len(earned), dtype=bool)  # layers that don't attend have no heads to name
+    if "layer_kind" in heads.coords:
+        read = heads["layer_kind"].values == "attention"
+    rows += [_row(i, j, "none", None, on_first) for i, j in np.argwhere(~earned & read[:, None])]
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.sort_values(["layer", "index", "margin"], ascending=[True, True, False], ignore_index=True)
 
@@ -176,7 +179,8 @@ def _typical(score: np.ndarray, heads: xr.Dataset) -> np.ndarray:
     median = np.empty_like(score)
     windows = heads["window"].values if "window" in heads.coords else np.zeros(len(score))
     for window in np.unique(windows):
-        median[windows == window] = np.nanmedian(score[windows == window])
+        alike = windows == window
+        median[alike] = np.nan if np.isnan(score[alike]).all() else np.nanmedian(score[alike])
     return median
 
 
