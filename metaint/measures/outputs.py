@@ -141,10 +141,10 @@ def said(
     logits = einsum(writes, columns, "sample head d_model, key d_model -> head sample key")
     after = logits.roll(-1, -1)
     spread = spread.mT
-    found = []
+    sums = []
     for values, where in ((logits, visible), (after, followed)):
         weights = pattern * where
         weight = weights.sum(-1)
         even = (values * where).sum(-1) / where.sum(-1).clamp(min=1)
-        found += [(weights * values).sum(-1), weight * even, weight, weight * spread]
-    return Said(*found)
+        sums += [(weights * values).sum(-1), weight * even, weight, weight * spread]
+    return Said(*sums)

@@ -53,5 +53,5 @@ def row_statistics(relative: Float[Tensor, "head row key"]) -> Float[Tensor, "sl
     space = torch.empty_like(relative)
     # Comparing into a float buffer and summing it is several times faster than counting booleans.
     ties = [torch.ge(relative, math.exp(-tau), out=space).sum(-1) for tau in TAUS]
-    found = [torch.ge(relative, 1, out=space).sum(-1), relative.sum(-1), saturation.gap(relative), *ties]
-    return torch.stack(found)
+    largest = torch.ge(relative, 1, out=space).sum(-1)
+    return torch.stack([largest, relative.sum(-1), saturation.gap(relative), *ties])
