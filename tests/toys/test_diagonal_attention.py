@@ -199,7 +199,7 @@ def test_the_audit_and_probes_find_what_holds() -> None:
     model = made()
     found = metaint.audit(model).set_index("check")["status"].to_dict()
     holding = {"pattern_fires", "pattern_order", "pattern_causal", "value_mix", "stream"}
-    holding |= {"edit_pattern", "edit_z", "edit_value"}
+    holding |= {"edit_pattern", "edit_z", "edit_value", "direction", "head_shapes"}
     assert {check for check, status in found.items() if status == "holds"} == holding
     failing = {"pattern_rows", "pattern_from_scores", "residual"}
     assert {check for check, status in found.items() if status == "fails"} == failing

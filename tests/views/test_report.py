@@ -156,6 +156,8 @@ def test_a_recording_is_drawn_over_its_steps_and_at_the_last(scan, tmp_path):
 
 def test_a_scan_without_any_group_is_refused(tmp_path):
     for scan in (xr.DataTree(), xr.DataTree.from_dict({"/heads": xr.Dataset(), "/mine": xr.Dataset({"x": 1})})):
-        with pytest.raises(InputError, match=r"^scan has no group that can be drawn: it needs one of heads, residual"):
+        with pytest.raises(
+            InputError, match=r"^scan has no group that can be drawn: it needs one of heads, outputs, residual"
+        ):
             report(scan, tmp_path / "r.html")
     assert not list(tmp_path.iterdir())

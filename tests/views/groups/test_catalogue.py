@@ -74,7 +74,7 @@ def refuse(name):
 def test_json_leaves_nothing_out(scan):
     scan = scan.copy()
     scan["mine"] = xr.DataTree(xr.Dataset({"depth": ("layer", [1.0, np.inf])}))
-    scan["heads"] = scan["heads"].to_dataset().assign(layer_kind=("layer", [1, 2]), by_lag=("lag", [0.25, 0.5]))
+    scan["heads"] = scan["heads"].to_dataset().assign(depth_kind=("layer", [1, 2]), by_lag=("lag", [0.25, 0.5]))
     document = json.loads(scan_json(scan), parse_constant=refuse)
     assert list(document) == ["attributes", *VIEWS, "mine"]
     for group, node in scan.children.items():
