@@ -54,7 +54,10 @@ class Plain:
         self.W_O = model.W_O[layer].detach().double()
         self.head, self.n_heads = head, len(self.W_O)
         self.vectors = value[:, :, head * value.shape[2] // self.n_heads] @ self.W_O[head]
-        bias = getattr(model, "b_O", None) if hasattr(model, "b_O") else None
+        try:
+            bias = model.b_O
+        except (AttributeError, TypeError):  # as a bridge of 4.x and one of 3.x say that there is none
+            bias = None
         total = torch.einsum("bqhd,hdm->bqm", self.z, self.W_O)
         self.total = total if bias is None else total + bias[layer].detach().double()
         try:
