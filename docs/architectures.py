@@ -21,7 +21,8 @@ import torch  # noqa: E402
 
 from tests.architectures.cells import ABSOLUTE, CELLS, KAPPA, RELATIVE, Outcome, cells_of  # noqa: E402
 from tests.architectures.upstream import UPSTREAM  # noqa: E402
-from tests.architectures.zoo import ZOO, quiet  # noqa: E402
+from tests.architectures.zoo import ZOO  # noqa: E402
+from tests.builders import quiet  # noqa: E402
 
 MARKS = {"equal": "=", "refused": "r", "nan": "NaN", "no reference": "·", "WRONG": "**WRONG**", "ERROR": "**ERROR**"}
 HEADER = """# Architectures
@@ -45,9 +46,10 @@ Made by `make architectures` with torch {torch}, transformers {transformers}, tr
 
 The columns: *logits* of the bridge; *heads*, nine scores of every head by a plain loop over queries; the same with
 sequences *left*- and *right*-padded; *residual*, mean norms of the stream at every layer; *ablation*, the change of the
-loss without one head of the first and of the last layer that attends; *labels* at low thresholds, beside those of the
-attentions that transformers tells; *recalls*, `ov_recall` beside each token put through the module alone; *saturation*
-at scores times {kappa}: predictions, streams, and each head's distance from saturated.
+loss without one head of the first and of the last layer that attends; *outputs*, the mean length of what such heads
+write; *labels* at low thresholds, beside those of the attentions that transformers tells; *recalls*, `ov_recall` beside
+each token put through the module alone; *saturation* at scores times {kappa}: predictions, streams, and each head's
+distance from saturated.
 
 A layer without attention (state-space, convolution, linear attention) is NaN in every score of heads, and the
 coordinate `layer_kind` says what it is; such layers are checked to be NaN. *attend* counts the layers that attend.

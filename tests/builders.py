@@ -49,7 +49,7 @@ def build(kind: str, seed: int = 0, **overrides: Any) -> Any:
     """
     if kind not in available_kinds():
         raise ValueError(f"kind {kind!r} can't be built here; available: {', '.join(available_kinds())}")
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         if kind in _HF_CONFIGS:
             model = _bridge().boot_transformers(
                 str(hf_directory(kind, seed, **overrides)), device="cpu", dtype=torch.float32
@@ -204,7 +204,7 @@ def _hf_directory(kind: str, seed: int, overrides: tuple[tuple[str, Any], ...]) 
     config = _HF_CONFIGS[kind](**{**special, **dict(overrides)})
     auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
     folder = _session_folder() / f"{kind}-{len(os.listdir(_session_folder()))}"
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         model = auto.from_config(config)
         _randomise(model, seed)
         model.save_pretrained(folder)
@@ -255,7 +255,7 @@ def _bridge() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings of transformers or TransformerLens while a model is built."""
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()

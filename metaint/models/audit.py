@@ -196,9 +196,9 @@ def _judge(name: str, check: _Check, trial: Trial) -> Finding:
 
 def _missing(error: Exception) -> str:
     """Why a check can't be made, from what a model or PyTorch said of it."""
-    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-        return "the shapes of what the check needs don't fit each other in this model"
     words = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, RuntimeError) and ("size" in words or "shape" in words):
+        return "the shapes of what the check needs don't fit each other in this model"
     return f"the model does not have what the check needs ({words.split('. ')[0].rstrip('.')})"
 
 

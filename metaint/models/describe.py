@@ -17,7 +17,7 @@ _attending: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that probes need, read from `cfg` alone."""
+    """What probes need of a model: sizes and kinds from its configuration, `causal` as it is measured."""
 
     n_layers: int
     n_heads: int

@@ -129,22 +129,24 @@ class InputWatch:
 
 
 @contextmanager
-def watching(model: Model) -> Iterator[InputWatch]:
+def watching(model: Model, masks_checked: bool = False) -> Iterator[InputWatch]:
     """Watch a model's forward passes through pre-hooks on its modules, and take them off again.
 
     The token ids come from the embedding, padding and cache from the wrapped Hugging Face model or, where there is
     none (`HookedTransformer`), from the first block; logits are what either makes of its last stream. A pass with an
-    attention_mask raises HookAuditError in a model that the audit doesn't find to do what it says.
+    attention_mask raises HookAuditError in a model that the audit doesn't find to do what it says, unless whoever
+    feeds it has checked its masks.
     """
     watch = InputWatch()
-    mistrust_of_mask(model, torch.zeros(1, 1))  # the audit runs a pass of its own, which is remembered: not inside one
+    if not masks_checked:
+        mistrust_of_mask(model, torch.zeros(1, 1))  # the audit runs a pass, which is remembered: not inside another
     outer: dict[str, Any] = {}
 
     def on_model(_: Any, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask")
-        if mask is not None and (mistrust := mistrust_of_mask(model, mask)):
+        if not masks_checked and mask is not None and (mistrust := mistrust_of_mask(model, mask)):
             raise HookAuditError(mistrust)
-        outer.update(mask=kwargs.get("attention_mask"), past=_cached(kwargs.get("past_key_values")))
+        outer.update(mask=mask, past=_cached(kwargs.get("past_key_values")))
         if kwargs.get("inputs_embeds") is not None:
             watch.begin(None, **outer)
 

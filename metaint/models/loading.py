@@ -88,13 +88,18 @@ def check_logits(model: Any, reference: Tensor | None, kind: str) -> None:
     """ModelError for a bridge with other logits than the model had by itself, by far more than a device explains."""
     if reference is None:
         return
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        logits = model.eval()(_few_tokens(next(model.parameters()).device))
+    lens = f"TransformerLens {version('transformer-lens')}"
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = model.eval()(_few_tokens(next(model.parameters()).device))
+    except Exception as error:  # every bridge has its own; the cause stays attached
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ModelError(f"{lens} cannot run a {kind} ({reason}): open it with another version of it.") from error
     difference = float((logits.float().cpu() - reference).abs().max())
     largest = float(reference.abs().max())
     if difference > _FAR * largest:
         raise ModelError(
-            f"TransformerLens {version('transformer-lens')} gives a {kind} other logits than transformers does (by up "
+            f"{lens} gives a {kind} other logits than transformers does (by up "
             f"to {difference:.3g}, the largest being {largest:.3g}): open it with another version of TransformerLens."
         )
 

@@ -37,7 +37,6 @@ def open_model(
     - `device`: "cpu", "cuda" or "mps"; None is the fastest there is.
     - `dtype`: of the weights, float32 by default. Those of a GGUF are dequantised to it, and every scan of the model
       records the file, its SHA-256 and its quantisation.
-
     - `missing`: of a folder or name whose checkpoint lacks weights of the model, has them in another shape, or has
       weights for parts of the model that have no place for them (an adapter's, a bias): "refuse" says which, "allow"
       opens it with such weights drawn at random or left out. Every scan of it then records `random_weights` and

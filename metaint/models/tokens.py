@@ -48,9 +48,7 @@ def check_tokens(model: Model, tokens: Any, attention_mask: Any = None) -> tuple
     """Tokens and mask on the model's device, or one sentence on what is wrong with them, or the model cannot do."""
     if not isinstance(tokens, Tensor):
         raise InputError(f"tokens is a {type(tokens).__name__}: pass a tensor of ids [batch, position], or a text.")
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise InputError(f"tokens has dtype {tokens.dtype}: token ids are integers.")
-    if tokens.is_complex():
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise InputError(f"tokens has dtype {tokens.dtype}: token ids are integers.")
     if tokens.dtype not in (torch.int32, torch.int64):  # which embeddings take
         tokens = tokens.long()

@@ -12,8 +12,9 @@ from torch import Tensor
 from metaint.measures.inner import Norm
 from metaint.measures.outputs import Vocabulary, length_factor
 from metaint.models.audit import holds
+from metaint.models.describe import by_layer
 from metaint.models.folded import norm_after
-from metaint.models.invariants import bias_of
+from metaint.models.invariants import bias_of, write_factor_of
 from metaint.models.protocol import Model
 from metaint.models.reading import Unavailable, widen
 from metaint.models.readout import readout_of
@@ -28,7 +29,7 @@ class Layer:
 
     out: Float[Tensor, "head d_head d_model"]
     factor: Float[Tensor, "head d_head rank"]
-    """Keeps the lengths that `out` gives."""
+    """Keeps the lengths that W_O gives, before what a model multiplies sublayers by (Granite)."""
     bias: Float[Tensor, " d_model"]
     after: Norm | None
     """A norm between attention and the stream (Gemma-2, OLMo-2)."""
@@ -49,30 +50,29 @@ class Layer:
 class Writing:
     """The layers, and what the stream's end makes of what they write; None where that can't be told."""
 
-    layers: list[Layer]
+    layers: dict[int, Layer]
+    """Of the layers that attend, by their numbers."""
     vocabulary: Vocabulary | None
 
 
 @torch.no_grad()
 def writing_of(model: Model, says: bool) -> Writing:
     """Read the weights; with `says` the unembedding too, as far as the audit finds that writes reach it."""
-    out, layers, direct = model.W_O.detach(), [], True
-    for layer in range(int(model.cfg.n_layers)):
-        weight = widen(out[layer])
+    layers: dict[int, Layer] = {}
+    direct = True
+    for layer, out in by_layer(model, "W_O").items():
+        weight = widen(out.detach())
         try:
             after = norm_after(model, layer)
         except Unavailable:
             after, direct = None, False
-        layers.append(Layer(weight, length_factor(weight), bias_of(model, "b_O", layer, weight[:1, 0][None]), after))
+        bias = bias_of(model, "b_O", layer, weight[:1, 0][None])
+        layers[layer] = Layer(weight * write_factor_of(model), length_factor(weight), bias, after)
     reaches = says and direct and all(holds(model, check) for check in _DIRECT)
-    return Writing(layers, Vocabulary.of(readout_of(model), out_dtype(out)) if reaches else None)
+    return Writing(layers, Vocabulary.of(readout_of(model), weight.dtype) if reaches else None)
 
 
-def out_dtype(weight: Tensor) -> torch.dtype:
-    """What is computed in: float32, or float64 where the weights are."""
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def stamp(model: Model) -> int:
-    """A number that grows with every change of the model's parameters in place."""
-    return sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
+def stamp(model: Model) -> list[tuple[int, int]]:
+    """What differs after a change of the model's parameters, in place or to other memory (`metaint.scaled`)."""
+    known = (parameter for parameter in model.parameters() if not parameter.is_inference())
+    return [(parameter.data_ptr(), parameter._version) for parameter in known]

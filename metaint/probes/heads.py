@@ -49,7 +49,7 @@ class HeadProbe(Probe):
     """
 
     group = "heads"
-    audits = ("pattern_fires", "pattern_rows")
+    audits = ("pattern_fires", "pattern_rows", "direction")
 
     sums: list[Float[Tensor, "sequence slot layer head"]]
     counts: list[Float[Tensor, "sequence slot layer"]]

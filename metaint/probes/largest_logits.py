@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaint.measures.logits import BINS, logit_bin, logit_quantile, row_maxima
-from metaint.models.audit import TOKENS, holds
+from metaint.models.audit import TOKENS
+from metaint.models.describe import attending_layers
 from metaint.models.heads import repeat_heads
-from metaint.models.invariants import score_hooks, scoring_of
+from metaint.models.invariants import Scoring, pattern_hook, score_hooks, scoring_of
 from metaint.models.protocol import Model
-from metaint.models.reading import random_tokens, read, tolerance, untouched, widen
+from metaint.models.reading import Reading, Unavailable, random_tokens, read, tolerance, untouched, widen
 
 NAMES = {
     "max_logit": "the largest score before the softmax, scale and soft cap applied, of all that the mask allows",
@@ -22,22 +23,26 @@ NAMES = {
 }
 _QUANTILE = 0.99
 _SCORES = "hook_attn_scores"
+# What may make a pattern, and the pattern.
+_READ = ("hook_rot_q", "hook_rot_k", "hook_q", "hook_k", _SCORES, "hook_pattern")
 
 
 class ScoreReader(NamedTuple):
-    """Where what makes a model's scores is read, and what they are divided and capped by, for each layer."""
+    """Where what makes a model's scores is read, and how each layer makes them of queries and keys."""
 
     hooks: tuple[str, ...]
-    scales: list[float]
-    caps: list[float]
+    scorings: dict[int, Scoring]
 
     @staticmethod
     def of(model: Model) -> "ScoreReader | None":
-        """Queries and keys where the audit finds that they make the pattern, else scores that do, else None."""
-        if holds(model, "pattern_from_scores"):
-            scorings = [scoring_of(model, layer) for layer in range(int(model.cfg.n_layers))]
-            return ScoreReader(score_hooks(model), [s.scale for s in scorings], [s.cap for s in scorings])
-        return ScoreReader((_SCORES,), [], []) if _scores_make_pattern(model) else None
+        """Queries and keys where they make the pattern as the hooks hold them, else scores that do, else None."""
+        names = [f"blocks.{layer}.attn.{hook}" for layer in attending_layers(model) for hook in _READ]
+        with untouched(model):
+            reading = read(model, random_tokens(model, 2, TOKENS), names)
+        for reader in (_of_queries(model), ScoreReader((_SCORES,), {})):
+            if reader is not None and _make_patterns(model, reader, reading):
+                return reader
+        return None
 
     def row_maxima(
         self, layer: int, pattern: Float[Tensor, "batch head query key"], held: dict[str, Tensor]
@@ -49,22 +54,37 @@ class ScoreReader(NamedTuple):
         if key[0].shape[1] != pattern.shape[-1]:
             return None
         keys = repeat_heads(key[0], pattern.shape[1], 2)
-        return row_maxima(pattern, first, keys, self.scales[layer], self.caps[layer])
+        return row_maxima(pattern, first, keys, self.scorings[layer].scale, self.scorings[layer].cap)
 
 
-def _scores_make_pattern(model: Model) -> bool:
-    """Whether the softmax of `hook_attn_scores` is the pattern; some bridges put the pattern itself there."""
-    layers = range(int(model.cfg.n_layers))
-    names = [f"blocks.{layer}.attn.{part}" for layer in layers for part in (_SCORES, "hook_pattern")]
-    with untouched(model):
-        found = read(model, random_tokens(model, 2, TOKENS), names)
-    for scores, pattern in zip(names[::2], names[1::2], strict=True):
-        if scores not in found or found[scores].shape != found[pattern].shape:
+def _of_queries(model: Model) -> ScoreReader | None:
+    try:
+        hooks = score_hooks(model)
+    except Unavailable:
+        return None
+    return ScoreReader(hooks, {layer: scoring_of(model, layer) for layer in attending_layers(model)})
+
+
+def _make_patterns(model: Model, reader: ScoreReader, reading: Reading) -> bool:
+    """Whether the softmax of what is read is the pattern, in every layer: some bridges put the pattern itself where
+    scores should be, and some norm queries after the hook that holds them."""
+    for layer in attending_layers(model):
+        names = [f"blocks.{layer}.attn.{hook}" for hook in reader.hooks]
+        if any(name not in reading for name in names):
             return False
-        difference = (found[scores].softmax(-1) - found[pattern]).abs().max()
-        if not float(difference) <= tolerance(next(model.parameters()).dtype):
+        pattern = reading[pattern_hook(layer)]
+        try:
+            made = _pattern_of(reader, layer, *(reading[name] for name in names))
+        except RuntimeError:  # shapes that do not fit, as of latent attention
+            return False
+        limit = tolerance(next(model.parameters()).dtype)
+        if made.shape != pattern.shape or not float((made - pattern).abs().max()) <= limit:
             return False
     return True
+
+
+def _pattern_of(reader: ScoreReader, layer: int, first: Tensor, *key: Tensor) -> Tensor:
+    return reader.scorings[layer].pattern(first, *key) if key else first.softmax(-1)
 
 
 def fold_logits(probe: Any, reader: ScoreReader, layer: int, pattern: Float[Tensor, "batch head query key"]) -> None:

@@ -15,8 +15,9 @@ from metaint.measures import outputs
 from metaint.measures.attention import HEAD_MEASURES, Measure, resolve
 from metaint.measures.tile import Context
 from metaint.models.describe import Shape
-from metaint.models.heads import repeat_heads
+from metaint.models.heads import by_head, repeat_heads
 from metaint.models.inputs import InputWatch
+from metaint.models.invariants import value_hook, values_of
 from metaint.models.protocol import Model
 from metaint.models.reading import widen
 from metaint.models.writing import Layer, Writing, stamp, writing_of
@@ -35,7 +36,7 @@ class OutputProbe(Probe):
 
     `kinds` are those of `/heads` to weigh by values (names, decorated functions, or None for all): each weight times
     the length of its value through W_O, over the row's sum (Kobayashi et al. 2020, 2004.10102). Biases of W_O are no
-    head's and left out, and lengths are those before a norm that follows attention (Gemma-2).
+    head's and left out, and lengths are those before a norm that follows attention (Gemma-2) or a factor (Granite).
 
     At `positions` of each sequence, sampled by `seed` and never position 0, it reads what a write does to the stream
     and to the logits of the tokens that the head looks at: direct logit attribution, with the length that the final
@@ -58,7 +59,7 @@ class OutputProbe(Probe):
     """
 
     group = "outputs"
-    audits = ("pattern_fires", "pattern_rows", "value_mix", "output_sum")
+    audits = ("pattern_fires", "pattern_rows", "direction", "value_mix", "output_sum")
 
     heads: list[Float[Tensor, "sequence slot layer head"]]
     tokens_seen: Tensor
@@ -80,21 +81,28 @@ class OutputProbe(Probe):
         self._means = Means(self._variables)
         self.add_state("heads", [], dist_reduce_fx="cat")
         self.add_state("tokens_seen", torch.zeros(()), dist_reduce_fx="sum")
-        self._read_weights: Callable[[tuple[int, Writing] | None], tuple[int, Writing]] | None = None
-        self._weights: tuple[int, Writing] | None = None
+        # The model behind functions of it: as an attribute it would be moved and kept with the probe.
+        self._stamp_now: Callable[[], list[tuple[int, int]]] | None = None
+        self._read_writing: Callable[[], Writing] | None = None
+        self._values: Callable[[Tensor], Tensor] | None = None
+        self._stamp: list[tuple[int, int]] = []
+        self._weights: Writing | None = None
+        self._value_hook = "hook_v"
         # Of the layer that is being read, by name, and of the sampled rows of all layers.
         self._held: dict[str, Tensor] = {}
         self._said: list[tuple[int, int, outputs.Said]] = []
 
     def prepare(self, model: Model) -> None:
+        self._value_hook = value_hook(model)
         super().prepare(model)
-        self._read_weights = partial(_weights_of, model, self.positions > 0)
-        self._weights = self._read_weights(None)
+        self._stamp_now, self._values = partial(stamp, model), partial(values_of, model)
+        self._read_writing = partial(writing_of, model, self.positions > 0)
+        self._read_changed()  # now, since the audit runs passes of its own
 
     def hook_names(self, shape: Shape) -> list[str]:
         stream = ["hook_resid_pre"] if self.positions else []
-        parts = [*stream, "attn.hook_v", "attn.hook_pattern", "attn.hook_z"]
-        names = [f"blocks.{layer}.{part}" for layer in range(shape.n_layers) for part in parts]
+        parts = [*stream, f"attn.{self._value_hook}", "attn.hook_pattern", "attn.hook_z"]
+        names = [f"blocks.{layer}.{part}" for layer in shape.attending for part in parts]
         return [*names, f"blocks.{shape.n_layers - 1}.hook_resid_post"] if self.positions else names
 
     def update(self, name: str, activation: Tensor, watch: InputWatch) -> None:
@@ -104,21 +112,24 @@ class OutputProbe(Probe):
         if self._rows.past:
             return
         _, number, *_, part = name.split(".")
-        layer, weights = int(number), self._writing.layers[int(number)]
+        layer = int(number)
+        if part == "hook_resid_post":
+            self._fold_said(activation)
+            return
+        weights = self._writing.layers[layer]
         if part == "hook_resid_pre":
             self._held = {"stream": widened_copy(self._rows.pick(activation))}
-        elif part == "hook_v":
-            value = repeat_heads(widen(activation), self.shape.n_heads, 2)
+        elif name.endswith(self._value_hook):
+            assert self._values is not None
+            value = repeat_heads(widen(self._values(activation)), self.shape.n_heads, 2)
             self._held["lengths"] = torch.linalg.vector_norm(outputs.through(value, weights.factor), dim=-1).mT
             first = value[torch.arange(len(value), device=value.device), self._plan.context.first]
             self._held["first"] = outputs.through(first[:, None], weights.factor)
             self._fold_values(layer, self._held["lengths"])
         elif part == "hook_pattern":
             self._fold_pattern(layer, activation)
-        elif part == "hook_z":
-            self._held["z"] = widen(activation)
         else:
-            self._fold_said(activation)
+            self._held["z"] = widen(by_head(activation, self.shape.n_heads))
         if {"z", "on_first"} <= set(self._held):  # in either order: BERT's bridge tells of the pattern last
             self._fold_writes(layer, weights)
             self._held = {}
@@ -126,7 +137,15 @@ class OutputProbe(Probe):
     @property
     def _writing(self) -> Writing:
         assert self._weights is not None
-        return self._weights[1]
+        return self._weights
+
+    def _read_changed(self) -> None:
+        """Read the weights, unless they are those that were read last; an optimiser may step between two passes."""
+        assert self._stamp_now is not None
+        assert self._read_writing is not None
+        now = self._stamp_now()
+        if self._weights is None or now != self._stamp:
+            self._stamp, self._weights = now, self._read_writing()
 
     def _begin(self, activation: Tensor, watch: InputWatch) -> None:
         """A forward pass starts: learn its inputs, make room for its sequences, read weights that have changed."""
@@ -134,8 +153,7 @@ class OutputProbe(Probe):
         self._rows, self._held, self._said, self._columns = rows, {}, [], None
         if rows.past:
             return
-        assert self._read_weights is not None
-        self._weights = self._read_weights(self._weights)  # again where an optimiser has stepped since
+        self._read_changed()
         batch, queries = rows.real.shape
         device = activation.device
         context = Context(torch.arange(queries, device=device), rows.real, rows.tokens, self.shape.causal)
@@ -258,7 +276,8 @@ class OutputProbe(Probe):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one pass or one model, which `prepare` and the next pass bring again."""
-        return {**super().__getstate__(), "_read_weights": None, "_weights": None, "_held": {}, "_said": []}
+        nothing = dict.fromkeys(("_stamp_now", "_read_writing", "_values", "_weights"))
+        return {**super().__getstate__(), **nothing, "_stamp": [], "_held": {}, "_said": []}
 
     def compute(self) -> dict[str, Float[Tensor, "layer head"]]:
         """Every variable of `/outputs` by name; what was not read is NaN."""
@@ -275,9 +294,3 @@ class OutputProbe(Probe):
         sequences = sum(len(block) for block in self.heads)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences, positions=self.positions)
         return data
-
-
-def _weights_of(model: Model, says: bool, known: tuple[int, Writing] | None) -> tuple[int, Writing]:
-    """The model's weights with their stamp; those that are known, if nothing has changed them since."""
-    now = stamp(model)
-    return known if known is not None and known[0] == now else (now, writing_of(model, says))

@@ -64,7 +64,7 @@ class SaturationProbe(Probe):
     """
 
     group = "saturation"
-    audits = ("pattern_fires", "pattern_rows", "value_mix", "edit_z", "stream")
+    audits = ("pattern_fires", "pattern_rows", "direction", "value_mix", "edit_z", "stream")
     reads_logits = True
 
     heads: list[Float[Tensor, "sequence slot layer head"]]

@@ -46,7 +46,8 @@ def attach(model: Model, *probes: Probe) -> Iterator[Any]:
 
 @contextmanager
 def _attached(model: Model, probes: Sequence[Probe], private: bool) -> Iterator[None]:
-    """`private`: nobody else wants the logits of these passes, so they are made where probes look at them."""
+    """`private`: the passes are our own. Nobody else wants their logits, which are made where probes look at them, and
+    their masks were checked with their tokens."""
     if not probes:
         raise InputError("probes is empty: pass one, such as metaint.HeadProbe().")
     if len({id(probe) for probe in probes}) < len(probes):
@@ -57,7 +58,7 @@ def _attached(model: Model, probes: Sequence[Probe], private: bool) -> Iterator[
         check_finite(model)
     for probe in probes:
         probe.read_weights(model)
-    with watching(model) as watch, ExitStack() as stack:
+    with watching(model, masks_checked=private) as watch, ExitStack() as stack:
         watch.private = private
         for module, hook in (pair for probe in probes for pair in probe.module_hooks(model)):
             stack.callback(module.register_forward_hook(hook).remove)

@@ -17,7 +17,8 @@ from torch import Tensor
 import metaint
 from metaint.scans.labels import THRESHOLDS
 from tests.architectures.reference import Reference, Run
-from tests.architectures.zoo import ZOO, build, quiet, tokenizer
+from tests.architectures.zoo import ZOO, build, tokenizer
+from tests.builders import quiet
 from tests.measures import plain
 
 KINDS = ("previous_token", "current_token", "first_token", "duplicate_token", "prefix_match")
@@ -209,6 +210,15 @@ def ablation(subject: Subject) -> Iterator[tuple[Any, Any]]:
         yield effects.effect.sel(layer=layer, head=head), float((loss - clean).mean())
 
 
+def outputs(subject: Subject) -> Iterator[tuple[Any, Any]]:
+    """How long what a head writes is, for a head of the first and of the last layer that attend."""
+    tokens, places = subject.tokens, subject.places
+    lengths = metaint.scan(subject.model, tokens, [metaint.OutputProbe()])["outputs"]["output_norm"]
+    expected = [_own(partial(subject.reference.write_length, layer, head, tokens)) for layer, head in places]
+    for (layer, head), length in zip(places, expected, strict=True):
+        yield lengths.sel(layer=layer, head=head), length
+
+
 def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """The loss of the next token [batch]."""
     return -logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].mean(-1)
@@ -270,6 +280,7 @@ CELLS: dict[str, Callable[[Subject], Iterator[tuple[Any, Any]]]] = {
     "right padding": right_padding,
     "residual": residual,
     "ablation": ablation,
+    "outputs": outputs,
     "labels": labels,
     "recalls": recalls,
     "saturation": saturation,

@@ -120,6 +120,15 @@ class Reference:
         ):
             yield
 
+    @torch.no_grad()
+    def write_length(self, layer: int, head: int, tokens: Tensor) -> float:
+        """Mean length, over queries after the first, of what the output module makes of one head's output."""
+        written: list[Tensor] = []
+        for heads in ([head], []):
+            with self.keeping(layer, heads, written):
+                self.model(tokens, **self._plain())
+        return float((written[0] - written[1])[:, 1:].norm(dim=-1).mean())
+
     # ---- what a head's weights do to a token ---------------------------------------------------------------------
 
     @torch.no_grad()

@@ -21,7 +21,11 @@ KNOWN = {
     "gpt-oss": {},  # learnt sinks
     "Jamba": {},  # state-space layers between
     "LFM2": {},  # convolutions between
-    "Qwen3-Next": {"recalls": "nan", "saturation": "refused"},  # gated attention: heads' outputs are not A v
+    "Qwen3-Next": {
+        "recalls": "nan",
+        "saturation": "refused",
+        "outputs": "refused",
+    },  # gated attention: heads' outputs are not A v
     "BERT": {"recalls": "nan"},  # a norm after each addition
 }
 

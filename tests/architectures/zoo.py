@@ -5,14 +5,12 @@ enough that attention is far from uniform. Nothing of metaint is used here: what
 """
 
 import inspect
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
+
+from tests.builders import quiet
 
 D_VOCAB, WIDTH, HEADS, D_HEAD, N_CTX = 100, 32, 4, 8, 128
 BOS, EOS, PAD = 0, 1, 2
@@ -41,6 +39,8 @@ def build(name: str, seed: int = 0) -> Any:
         known = {*inspect.signature(kind.__init__).parameters, *kind.attribute_map, *vars(kind), *_ALWAYS}
         usual = {name: value for name, value in _usual().items() if name in known}
         config = kind(**{**usual, **entry.settings})
+        # Falcon's attention is chosen for good when it is made: told of eager attention later, it mixes both.
+        config._attn_implementation = "eager"
         kind = getattr(transformers, entry.auto)
         make = getattr(kind, "from_config", None) or kind
         model = make(config)
@@ -100,21 +100,6 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
         seen.add(parameter.data_ptr())
         noise = torch.randn(parameter.shape, generator=generator) * _WEIGHT_STD
         parameter.copy_(noise + 1.0 if parameter.ndim == 1 and last == "weight" else noise)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of transformers or TransformerLens."""
-    transformers_logging.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
-        transformers_logging.set_verbosity(verbosity)
 
 
 _HEAD = {"head_dim": D_HEAD}

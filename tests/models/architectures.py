@@ -91,7 +91,7 @@ def folder(kind: str) -> Path:
 
 def bridged(kind: str) -> Any:
     """The open model of a kind, on the CPU."""
-    with builders._quiet():
+    with builders.quiet():
         return metaint.open_model(folder(kind), device="cpu")
 
 
@@ -99,7 +99,7 @@ def original(kind: str) -> Any:
     """The model of a kind as transformers loads it."""
     import transformers
 
-    with builders._quiet():
+    with builders.quiet():
         return getattr(transformers, _KINDS[kind][1]).from_pretrained(folder(kind), attn_implementation="eager").eval()
 
 
@@ -109,7 +109,7 @@ def _folder(kind: str) -> Path:
 
     config, auto, settings = _KINDS[kind]
     where = Path(tempfile.mkdtemp(dir=builders._session_folder(), prefix=kind))
-    with builders._quiet(), torch.random.fork_rng(devices=[]):
+    with builders.quiet(), torch.random.fork_rng(devices=[]):
         model = getattr(transformers, auto).from_config(getattr(transformers, config)(**settings))
         builders._randomise(model, 0)
         model.save_pretrained(where)

@@ -80,6 +80,12 @@ def test_direction_is_measured_whatever_the_configuration_says():
     assert is_causal(model)
 
 
+def test_a_model_with_layers_of_both_directions_is_refused():
+    """Its second layer alone sees later keys, so that no one direction is true of its rows."""
+    with pytest.raises(HookAuditError, match=r"audit's direction fails .* later tokens change earlier logits only"):
+        metaint.scan(HandMade("leaky_mask"), TOKENS % 30)
+
+
 def test_direction_is_measured_once():
     model, passes = HandMade(), []
     model.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))

@@ -93,8 +93,7 @@ def test_steps_that_continue_a_cache_are_left_out(gpt2):
 
 
 def test_where_queries_and_keys_do_not_make_the_pattern_it_is_not_a_number(gpt2, monkeypatch):
-    monkeypatch.setattr("metaint.probes.largest_logits.holds", lambda model, check: False)
-    monkeypatch.setattr("metaint.probes.largest_logits._scores_make_pattern", lambda model: False)
+    monkeypatch.setattr("metaint.probes.largest_logits._make_patterns", lambda model, reader, reading: False)
     heads = read(gpt2, tokens_of())
     assert heads["entropy"].notnull().all()
     for name in NAMES:

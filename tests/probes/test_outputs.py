@@ -260,6 +260,23 @@ def test_weights_that_an_optimiser_changes_between_passes_are_read_again(gpt2):
     torch.testing.assert_close(after[0], 2 * before[0])
 
 
+def test_weights_that_are_scaled_for_a_while_are_read_as_they_are(gpt2):
+    """`scaled` puts other memory behind the parameters, which no version counter tells."""
+    tokens = tokens_of()
+    last = f"blocks.{gpt2.cfg.n_layers - 1}.attn"
+
+    def is_output(name, parameter):
+        return name.startswith(last) and name.split(".")[-1] in ("W_O", "weight") and (".o." in name or "W_O" in name)
+
+    with torch.no_grad(), metaint.attach(gpt2, probe := metaint.OutputProbe()):
+        gpt2(tokens)
+        before = probe.compute()["output_norm"].clone()
+        probe.reset()
+        with metaint.scaled(gpt2, 2, is_output):
+            gpt2(tokens)
+    torch.testing.assert_close(probe.compute()["output_norm"][-1], 2 * before[-1])
+
+
 def test_steps_that_continue_a_cache_are_left_out(gpt2):
     prompt = tokens_of(batch=2)
     with torch.no_grad(), metaint.attach(gpt2, metaint.OutputProbe()) as probe:
