@@ -271,5 +271,5 @@ def test_kinds_alone_in_double_precision():
     model = build("gpt2") if "gpt2" in available_kinds() else build(available_kinds()[0])
     tokens = repeated_tokens(96, 8, batch=2, ids=(5, 95))
     expected = metaint.scan(model, tokens, [metaint.HeadProbe(["first_token"])])["heads"]["first_token"]
-    found = metaint.scan(model.double(), tokens, [metaint.HeadProbe(["first_token"])])["heads"]["first_token"]
+    found = metaint.scan(model.to(torch.float64), tokens, [metaint.HeadProbe(["first_token"])])["heads"]["first_token"]
     assert found.values == pytest.approx(expected.values, abs=1e-6)
