@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -23,6 +24,7 @@ __all__ = ["HEAD_MEASURES", "Measure", "detector_scores", "kind", "resolve", "sh
 
 LOCAL_WINDOW = 8
 SINK_THRESHOLD, SINK_POSITIONS = 0.3, 64
+_OVER_QUERIES = "kind batch query, batch head query -> kind batch head"
 
 
 # ---- kinds: where should this query look? -----------------------------------------------------------------------
@@ -328,6 +330,6 @@ def shuffled(
     variance = spread.clamp(min=0) * pool / (pool - 1).clamp(min=1)
     m = torch.minimum(matches, pool[:, 0])
     return (
-        torch.einsum("kbq,bhq->kbh", m, mean),
-        torch.einsum("kbq,bhq->kbh", m * (1 - m / pool[:, 0]), variance),
+        einsum(m, mean, _OVER_QUERIES),
+        einsum(m * (1 - m / pool[:, 0]), variance, _OVER_QUERIES),
     )

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Inexact
 from torch import Tensor
 from torch.nn.functional import pad
@@ -23,6 +24,8 @@ from metaint.errors import InputError
 
 # The kinds of W that are all diagonal in one basis, so that they commute.
 Commuting = Literal["unitary", "orthogonal"]
+# The product of two vectors at every position.
+_OUTER = "batch position one, batch position other -> batch position one other"
 
 
 class Moments(NamedTuple):
@@ -37,8 +40,8 @@ class Moments(NamedTuple):
 def moments(vectors: Inexact[Tensor, "batch position d"]) -> Moments:
     """Sums over the transitions t = 2..T of every context; zero at T = 1."""
     past, later = vectors[:, :-1], vectors[:, 1:]
-    cross = torch.einsum("bti,btj->btij", later, past.conj()).cumsum(1)
-    gram = torch.einsum("bti,btj->btij", past, past.conj()).cumsum(1)
+    cross = einsum(later, past.conj(), _OUTER).cumsum(1)
+    gram = einsum(past, past.conj(), _OUTER).cumsum(1)
     return Moments(*(pad(total, (0, 0, 0, 0, 1, 0)) for total in (cross, gram)))
 
 
@@ -82,7 +85,7 @@ def predictions(
     matrices: Inexact[Tensor, "batch position d d"], vectors: Inexact[Tensor, "batch position d"]
 ) -> Inexact[Tensor, "batch position d"]:
     """W(T) s_T for every T: what each estimate says s_{T+1} is."""
-    return torch.einsum("btij,btj->bti", matrices, vectors)
+    return einsum(matrices, vectors, "batch time to d, batch time d -> batch time to")
 
 
 def baselines(vectors: Inexact[Tensor, "batch position d"]) -> dict[str, Inexact[Tensor, "batch position d"]]:
@@ -120,7 +123,7 @@ def regression_descent(
     attention that von Oswald et al. construct does. Raises InputError for steps < 1.
     """
     count = inputs.shape[1]
-    cross = torch.einsum("bp,bpd->bd", outputs, inputs)[:, None] / count
+    cross = einsum(outputs, inputs, "batch position, batch position d -> batch d")[:, None] / count
     gram = inputs.mT @ inputs / count
     return _descend(cross, gram, eta, steps)[:, 0]
 
@@ -151,8 +154,8 @@ def rollout_error(windows: Inexact[Tensor, "window position d"]) -> Float[Tensor
     rolled = [windows[:, 0]]
     for _ in range(windows.shape[1] - 1):
         # W = S_{2..T} S_{1..T-1}^+ is d x d of rank T - 1: never made.
-        weights = torch.einsum("wtj,wj->wt", inverse, rolled[-1])
-        rolled.append(torch.einsum("wt,wtd->wd", weights, windows[:, 1:]))
+        weights = einsum(inverse, rolled[-1], "window time d, window d -> window time")
+        rolled.append(einsum(weights, windows[:, 1:], "window time, window time d -> window d"))
     return (torch.stack(rolled, 1) - windows).abs().square().mean((1, 2))
 
 

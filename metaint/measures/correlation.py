@@ -6,6 +6,7 @@ In: one value a token. Out: Spearman's coefficient, plain or partial, with an in
 import math
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -46,12 +47,12 @@ def partial_spearman(
     table = torch.cat([torch.ones(1, len(x), dtype=torch.float64), table])
     n_sequences, width = int(sequence.max()) + 1, len(table)
     moments = torch.zeros(n_sequences, width, width, dtype=torch.float64)
-    moments.index_add_(0, sequence.cpu(), torch.einsum("it,jt->tij", table, table))
+    moments.index_add_(0, sequence.cpu(), einsum(table, table, "one row, other row -> row one other"))
     value = float(_partial(moments.sum(0)))
     weights = resampled_weights(n_sequences)
     if weights is None:
         return value, math.nan, math.nan
-    drawn = _partial(torch.einsum("rs,sij->rij", weights, moments))
+    drawn = _partial(einsum(weights, moments, "resample sequence, sequence one other -> resample one other"))
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.nanquantile(drawn, tail).tolist()
     return value, low, high

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -159,8 +160,10 @@ def key_query_gradient(
     mean = values.mean(1, keepdim=True)
     error = mean[:, 0].softmax(-1)
     error[torch.arange(len(targets), device=error.device), targets] -= 1
-    pull = torch.einsum("nk,nsk->ns", error, values - mean) / values.shape[1]
-    return torch.einsum("nq,ns,nsd->qd", queries, pull, keys) / (scale * len(queries))
+    pull = einsum(error, values - mean, "sample d, sample source d -> sample source") / values.shape[1]
+    return einsum(queries, pull, keys, "sample query, sample source, sample source d -> query d") / (
+        scale * len(queries)
+    )
 
 
 # ---- global bigrams ---------------------------------------------------------------------------------------------

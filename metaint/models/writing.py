@@ -6,6 +6,7 @@ In: a model. Out: `Writing`, read when asked; `stamp` tells whether weights have
 from dataclasses import dataclass
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class Layer:
 
     def writes(self, z: Float[Tensor, "sample head d_head"]) -> Float[Tensor, "sample head d_model"]:
         """What each head adds to the stream; a norm that follows divides by the length it had in the pass."""
-        written = torch.einsum("shd,hdm->shm", z, self.out)
+        written = einsum(z, self.out, "sample head d_head, head d_head d_model -> sample head d_model")
         if self.after is None:
             return written
         scale = self.after.scale(written.sum(1, keepdim=True) + self.bias)

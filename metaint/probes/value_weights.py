@@ -1,6 +1,7 @@
 """Kinds of heads with each weight times the length of its value: what `OutputProbe` makes of a `Plan` of targets."""
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,5 +26,7 @@ def share_on_targets(
     kinds, sequences, heads = len(plan.matches), *pattern.shape[:2]
     summed = torch.zeros(kinds * sequences, heads, dtype=dtype, device=pattern.device)
     summed.index_add_(0, plan.slot, shares)
-    queries = torch.einsum("kbq,bhq->kbh", (plan.matches > 0).to(dtype), (total > 0).to(dtype))
+    queries = einsum(
+        (plan.matches > 0).to(dtype), (total > 0).to(dtype), "kind batch query, batch head query -> kind batch head"
+    )
     return summed.view(kinds, sequences, heads), queries

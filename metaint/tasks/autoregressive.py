@@ -13,6 +13,7 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 from torch.nn.functional import normalize, pad
@@ -82,7 +83,7 @@ def autoregressive(
     start = 1 / math.sqrt(d) if first == "unit" else 1.0
     steps = [matrices.new_full((batch, d), start)]
     for _ in range(length - 1):
-        step = torch.einsum("bij,bj->bi", matrices, steps[-1])
+        step = einsum(matrices, steps[-1], "batch to d, batch d -> batch to")
         if noise:
             step = step + noise * torch.randn(batch, d, generator=generator, dtype=matrices.dtype)
         steps.append(step)
@@ -119,7 +120,7 @@ def regression(
     generator = _generator(seed)
     weights = torch.randn(batch, d, generator=generator, dtype=torch.float64) * weight_scale
     inputs = (torch.rand(batch, points + 1, d, generator=generator, dtype=torch.float64) - 0.5) * input_range
-    outputs = torch.einsum("bpd,bd->bp", inputs, weights)
+    outputs = einsum(inputs, weights, "batch position d, batch d -> batch position")
     answers = outputs[:, -1].clone()
     outputs[:, -1] = 0
     tokens = torch.cat([inputs, outputs[..., None]], dim=-1).to(device, dtype)
