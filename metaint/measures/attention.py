@@ -108,6 +108,22 @@ def prefix_match_recent(context: Context) -> Pairs:
 
 
 @kind
+def prefix_match_correct(context: Context) -> Pairs:
+    """The matches of `prefix_match` where looking pays: the token that followed then follows now, too.
+
+    Most tokens of a text come again with another one behind them, and a head that looks there anyway predicts wrongly.
+    Ideal 1, uniform mean of matches/n. On repeated random tokens these are the queries of `induction`, but the last.
+    """
+    batch, query, key = prefix_match(context)
+    tokens = context.known_tokens
+    after = context.queries[query] + 1
+    inside = after < tokens.shape[1]
+    batch, query, key, after = batch[inside], query[inside], key[inside], after[inside]
+    follows = (tokens[batch, key] == tokens[batch, after]) & context.mask[batch, after]
+    return _keep((batch, query, key), follows)
+
+
+@kind
 def induction(context: Context) -> Pairs:
     """The induction stripe: on a sequence that repeats itself, the token after this one in every earlier copy.
 
@@ -238,7 +254,7 @@ def sink_rate(tile: Tile) -> Float[Tensor, "batch head query"]:
     This returns the weights of the other 63; `is_sink` makes a sequence of them. Not a number for bidirectional
     models and where a sequence is shorter than 64 positions.
     """
-    early = tile.context.rank[:, tile.context.queries] < SINK_POSITIONS
+    early = (tile.context.rank[:, tile.context.queries] < SINK_POSITIONS) & tile.context.sees_first
     return tile.on_first.masked_fill(~(early & tile.context.causal)[:, None], math.nan)
 
 
@@ -254,6 +270,7 @@ HEAD_MEASURES: tuple[Measure, ...] = (
     induction,
     prefix_match,
     prefix_match_recent,
+    prefix_match_correct,
     local_mass,
     entropy,
     effective_keys,
@@ -298,9 +315,7 @@ def targets(measure: Measure, context: Context) -> Pairs:
     """The keys a kind names, restricted to visible keys and counted queries."""
     found = measure(context)
     batch, query, key = found.nonzero(as_tuple=True) if isinstance(found, Tensor) else found
-    seen = context.mask[batch, key] & context.counted[batch, query]
-    if context.causal:
-        seen &= key <= context.queries[query]
+    seen = context.mask[batch, key] & context.counted[batch, query] & context.within(context.queries[query], key)
     return _keep((batch, query, key), seen)
 
 
@@ -315,7 +330,7 @@ def shuffled(
     taken as independent, so the variance is a lower bound where patterns repeat along a diagonal.
     """
     counted = tile.context.counted[:, None]
-    pool = (tile.n_visible - 1).clamp(min=1)
+    pool = (tile.n_visible - tile.context.sees_first[:, None].float()).clamp(min=1)
     mean = ((1 - tile.on_first) / pool).masked_fill(~counted, 0)
     spread = (tile.sum_squares - tile.on_first.square()).masked_fill(~counted, 0) / pool - mean.square()
     variance = spread.clamp(min=0) * pool / (pool - 1).clamp(min=1)

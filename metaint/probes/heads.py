@@ -1,12 +1,13 @@
 """`HeadProbe`: every head measure in one forward pass, read at `hook_pattern` and folded into `/heads`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 import xarray as xr
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
@@ -20,14 +21,18 @@ from metaint.models.inputs import InputWatch
 from metaint.probes.probe import Probe
 from metaint.scans.assemble import shaped
 
+# States that hold a row for each sequence.
+_LISTS = ("sums", "counts", "uniform", "beside_first")
+
 
 class HeadProbe(Probe):
     """Scores every head of a model with `measures` (names, decorated functions, or None for all there are).
 
     State: for each sequence, slot, layer and head the sum over its queries, and how many they were; what uniform
-    attention sums to on the same tokens; mean and variance of the shuffled null. About 40 kB a sequence at
-    12 x 12 heads. One sequence fed in several passes (generation with a key-value cache) stays one sequence; without
-    a cache each pass reads its rows again.
+    attention sums to on the same tokens; for each kind what was left of the weight beside position 0; mean and
+    variance of the shuffled null. Under a sliding window a query counts for the keys that it sees. About 50 kB a
+    sequence at 12 x 12 heads. One sequence fed in several passes (generation with a key-value cache) stays one
+    sequence; without a cache each pass reads its rows again.
 
     >>> import metaint
     >>> from metaint.toys.small import small_transformer
@@ -44,17 +49,18 @@ class HeadProbe(Probe):
     sums: list[Float[Tensor, "sequence slot layer head"]]
     counts: list[Float[Tensor, "sequence slot layer"]]
     uniform: list[Float[Tensor, "sequence slot layer"]]
+    beside_first: list[Float[Tensor, "sequence kind layer head"]]
     null_mean: Float[Tensor, "slot layer head"]
     null_variance: Float[Tensor, "slot layer head"]
     # Of the pass that is being read.
-    _plan: "Plan"
+    _plans: "dict[int, Plan]"
 
     def __init__(self, measures: Iterable[str | Measure] | None = None) -> None:
         super().__init__()
         self.measures = resolve(measures)
         self.kinds = [m for m in self.measures if m.form == "kind"]
         self.statistics = [m for m in self.measures if m.form == "statistic"]
-        for name in ("sums", "counts", "uniform"):
+        for name in _LISTS:
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("null_mean", "null_variance", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
@@ -79,11 +85,13 @@ class HeadProbe(Probe):
         """Fold the rows of one layer's pattern into the sums of the sequences they belong to."""
         if self.opens_pass(name, watch):
             self._begin(watch, activation)
+        layer = int(name.split(".")[1])
+        plan = self._plans[self._windows[layer]]
         # A sliding-window cache holds the last keys alone; the others get no weight.
-        missing = self._plan.context.mask.shape[1] - activation.shape[-1]
+        missing = plan.context.mask.shape[1] - activation.shape[-1]
         if missing:
             activation = torch.nn.functional.pad(activation, (missing, 0))
-        self._fold(int(name.split(".")[1]), Tile(activation, self._plan.context))
+        self._fold(layer, Tile(activation, plan.context), plan)
 
     def _begin(self, watch: InputWatch, pattern: Tensor) -> None:
         """A forward pass starts: learn its inputs, and make room for its sequences unless they go on."""
@@ -91,10 +99,22 @@ class HeadProbe(Probe):
         inputs = watch.resolve(batch, queries, keys, pattern.device)
         positions = torch.arange(inputs.past, inputs.past + queries, device=pattern.device)
         tokens = None if inputs.tokens is None else inputs.tokens.to(pattern.device)
-        self._plan = Plan.of(self.kinds, Context(positions, inputs.mask, tokens, self.shape.causal))
+        length = inputs.mask.shape[1]
+        # A window that the sequence does not fill hides nothing.
+        self._windows = [window if window < length else 0 for window in self._layer_windows()]
+        context = Context(positions, inputs.mask, tokens, self.shape.causal)
+        self._plans = {
+            window: Plan.of(self.kinds, replace(context, window=window)) for window in sorted(set(self._windows))
+        }
         if inputs.past == 0 or not self.sums:
             self._make_room(batch, pattern.device)
         self.tokens_seen = self.tokens_seen + inputs.mask[:, inputs.past :].sum()
+
+    def _layer_windows(self) -> list[int]:
+        """The sliding window of each layer; that of a bidirectional model reaches both ways, and is not counted."""
+        if not self.shape.causal or not self.shape.windows:
+            return [0] * self.shape.n_layers
+        return list(self.shape.windows)
 
     def _make_room(self, batch: int, device: torch.device) -> None:
         full = torch.float32 if device.type == "mps" else torch.float64
@@ -102,13 +122,13 @@ class HeadProbe(Probe):
         self.sums.append(torch.zeros(batch, *size, self.shape.n_heads, dtype=full, device=device))
         self.counts.append(torch.zeros(batch, *size, dtype=full, device=device))
         self.uniform.append(torch.zeros(batch, *size, dtype=full, device=device))
+        kinds = (len(self.kinds), self.shape.n_layers, self.shape.n_heads)
+        self.beside_first.append(torch.zeros(batch, *kinds, dtype=full, device=device))
         if self.null_mean.ndim == 0:
-            kinds = (len(self.kinds), *size[1:], self.shape.n_heads)
             self.null_mean = torch.zeros(kinds, dtype=full, device=device)
             self.null_variance = torch.zeros(kinds, dtype=full, device=device)
 
-    def _fold(self, layer: int, tile: Tile) -> None:
-        plan = self._plan
+    def _fold(self, layer: int, tile: Tile, plan: "Plan") -> None:
         sums, counts, uniform = self.sums[-1], self.counts[-1], self.uniform[-1]
         n_kinds, full = len(self.kinds), sums.dtype
         added, defined = self.row_sums(plan, tile, full)
@@ -119,6 +139,7 @@ class HeadProbe(Probe):
             uniform[:, n_kinds:, layer] += plan.uniform_statistics(self, full)
         if self.kinds:
             uniform[:, :n_kinds, layer] += plan.uniform_kinds.to(full)
+            self.beside_first[-1][:, :, layer] += plan.beside_first(tile).to(full)
             mean, variance = shuffled(tile, plan.matches)
             self.null_mean[:, layer] += mean.sum(1, dtype=full)
             self.null_variance[:, layer] += variance.sum(1, dtype=full)
@@ -150,7 +171,7 @@ class HeadProbe(Probe):
         """Every variable of `/heads` by name, each (layer, head), or (tau, layer, head) for the tie counts."""
         if len(self.sums) == 0:
             return {}
-        sums, counts, uniform = (dim_zero_cat(getattr(self, n)).cpu() for n in ("sums", "counts", "uniform"))
+        sums, counts, uniform, beside_first = (dim_zero_cat(getattr(self, name)).cpu() for name in _LISTS)
         null_mean, null_variance = self.null_mean.cpu(), self.null_variance.cpu()
         found: dict[str, Tensor] = {}
         for i, measure in enumerate([*self.kinds, *self.statistics]):
@@ -161,6 +182,8 @@ class HeadProbe(Probe):
                 count = part[1].sum(0)
                 scores["_null_mean"] = null_mean[i : i + 1] / count
                 scores["_null_std"] = null_variance[i : i + 1].sqrt() / count
+                if measure.name != "first_token":
+                    scores |= off_sink(part[0], beside_first[:, i : i + 1])
             for suffix, value in scores.items():
                 full = value.expand(-1, -1, sums.shape[-1])
                 found[measure.name + suffix] = full if measure.per_tau else full[0]
@@ -217,9 +240,21 @@ def summarise(
     }
 
 
+def off_sink(
+    sums: Float[Tensor, "sequence 1 layer head"], beside: Float[Tensor, "sequence 1 layer head"]
+) -> dict[str, Float[Tensor, "1 layer head"]]:
+    """The share that a kind's keys have of the weight beside position 0, in [0, 1], with its interval.
+
+    Read on the queries for which the kind is defined. A head of a language model leaves most of its weight on
+    position 0 where it has nothing to do; this tells what it does with the rest.
+    """
+    low, high = bootstrap_interval(sums, beside)
+    return {"_off_sink": sums.sum(0) / beside.sum(0), "_off_sink_low": low, "_off_sink_high": high}
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of every layer of one forward pass; it depends on the tokens alone, so it is made once."""
+    """What is asked in one forward pass of the layers with one window; it depends on the tokens alone: made once."""
 
     context: Context
     pairs: Pairs
@@ -244,6 +279,12 @@ class Plan:
     def defined(self) -> Float[Tensor, "batch kind"]:
         """Queries for which each kind is defined."""
         return (self.matches > 0).sum(-1).mT
+
+    def beside_first(self, tile: Tile) -> Float[Tensor, "batch kind head"]:
+        """The weight that is not on position 0, summed over the queries for which each kind is defined."""
+        return einsum(
+            (self.matches > 0).float(), 1 - tile.on_first, "kind batch query, batch head query -> batch kind head"
+        )
 
     @cached_property
     def uniform_kinds(self) -> Float[Tensor, "batch kind"]:
