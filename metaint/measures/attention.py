@@ -113,6 +113,7 @@ def prefix_match_correct(context: Context) -> Pairs:
 
     Most tokens of a text come again with another one behind them, and a head that looks there anyway predicts wrongly.
     Ideal 1, uniform mean of matches/n. On repeated random tokens these are the queries of `induction`, but the last.
+    In generation with a cache, the last query of each pass is left out, since its next token is not known yet.
     """
     batch, query, key = prefix_match(context)
     tokens = context.known_tokens

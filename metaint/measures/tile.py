@@ -70,7 +70,7 @@ class Context:
             seen = seen & self.within(self.queries[:, None], keys)
         return seen
 
-    def within(self, query: Int[Tensor, "*pair"], key: Int[Tensor, "*pair"]) -> Bool[Tensor, "*pair"]:
+    def within(self, query: Int[Tensor, "..."], key: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Whether the query at one index reaches the key at the other, padding aside."""
         if not self.causal:
             return torch.ones_like(query - key, dtype=torch.bool)
