@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes; the one that is done first takes from the other's rest.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo toy smollm2 tables test test-fast notebooks pictures lint bench test-tl3 test-tl2 clean
+.PHONY: demo toy smollm2 tables architectures test test-fast faults notebooks pictures lint bench test-tl3 test-tl2 clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,10 @@ smollm2: .venv/installed
 tables: smollm2
 	$(BIN)/python docs/tables.py
 
+# The matrix of docs/architectures.md: tiny models of a hundred architectures beside what transformers computes.
+architectures: .venv/installed
+	$(BIN)/python docs/architectures.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +43,10 @@ test: lint
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not hub"
+
+# Kills, flipped bits, a full disk, interrupts and bad lines: all of them, of which the tests try a part.
+faults: .venv/installed
+	METAINT_FAULTS=all $(BIN)/python -m pytest tests/faults
 
 # Each notebook from its first cell to its last, on the toy.
 notebooks: toy

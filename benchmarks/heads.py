@@ -1,11 +1,12 @@
-"""What `HeadProbe` costs beside the model's own forward pass, and beside `transformer_lens.head_detector`.
+"""What `HeadProbe` and `OutputProbe` cost beside a forward pass, and beside `transformer_lens.head_detector`.
 
     python benchmarks/heads.py [--lengths 512 1024] [--rounds 7]
 
 On a random model of GPT-2-small's shape, in one process and in turn (so that a slow moment of the machine meets all
-alike): a plain forward pass, the same pass under `metaint.attach` with every head measure, `run_with_cache` alone,
-and `detect_head` for its three kinds. Ratios are medians over the rounds of each round's ratio to its own forward
-pass. Peak memory is measured in a process for each, above the peak of a process that runs the plain pass.
+alike): a plain forward pass, the same pass under `metaint.attach` with every head measure, with what heads write as
+well, without and with what that says to the vocabulary, `run_with_cache` alone, and `detect_head` for its three
+kinds. Ratios are medians over the rounds of each round's ratio to its own forward pass. Peak memory is measured in a
+process for each, above the peak of a process that runs the plain pass.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+WRITES, SAYS = "and OutputProbe", "and what it says"
 KINDS = ("previous_token_head", "duplicate_token_head", "induction_head")
 
 
@@ -49,10 +51,19 @@ def variants(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
     def forward() -> Any:
         return model(tokens, return_type=None)
 
-    def probe() -> Any:
-        with metaint.attach(model, metaint.HeadProbe()) as probe:
+    def read(*probes: Any) -> Any:
+        with metaint.attach(model, *probes):
             forward()
-        return probe
+        return probes
+
+    def probe() -> Any:
+        return read(metaint.HeadProbe())
+
+    def writes() -> Any:
+        return read(metaint.HeadProbe(), metaint.OutputProbe(positions=0))
+
+    def says() -> Any:
+        return read(metaint.HeadProbe(), metaint.OutputProbe())
 
     def cache() -> Any:
         return model.run_with_cache(tokens, return_type=None)
@@ -61,7 +72,14 @@ def variants(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
         model.to_tokens = lambda *_, **__: tokens  # it takes strings alone, and the random model has no words
         return [detect_head(model, "random tokens", kind) for kind in KINDS]
 
-    return {"forward": forward, "HeadProbe": probe, "run_with_cache": cache, "detect_head x 3": detect}
+    return {
+        "forward": forward,
+        "HeadProbe": probe,
+        WRITES: writes,
+        SAYS: says,
+        "run_with_cache": cache,
+        "detect_head x 3": detect,
+    }
 
 
 def repeated(length: int) -> torch.Tensor:
@@ -122,7 +140,9 @@ def report(length: int, times: dict[str, list[float]], memory: dict[str, float])
     print(
         f"HeadProbe, {len(measures())} measures in one pass: {ratios['detect_head x 3'] / ratios['HeadProbe']:.1f} x "
         f"faster than detect_head for three kinds, peak {theirs - ours:.0f} MiB lower; "
-        f"target 1.15: {ratios['HeadProbe']:.3f}, target {pattern:.0f} MiB: {ours:.0f} MiB"
+        f"target 1.15: {ratios['HeadProbe']:.3f}, target {pattern:.0f} MiB: {ours:.0f} MiB\n"
+        f"with OutputProbe, target 1.35: {ratios[WRITES]:.3f}, and {ratios[SAYS] - ratios[WRITES]:.3f} more for what "
+        "64 positions of each head say, the unembedding's covariance once a block of passes among it"
     )
 
 
@@ -136,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peak", choices=["forward", "HeadProbe", "run_with_cache", "detect_head x 3"])
+    parser.add_argument("--peak", choices=["forward", "HeadProbe", WRITES, SAYS, "run_with_cache", "detect_head x 3"])
     options = parser.parse_args()
     with torch.no_grad():
         if options.peak:

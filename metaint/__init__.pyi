@@ -39,6 +39,7 @@ from .models.parameters import scaled as scaled
 from .probes.heads import HeadProbe as HeadProbe
 from .probes.inner import InnerProbe as InnerProbe
 from .probes.memory import MemoryProbe as MemoryProbe
+from .probes.outputs import OutputProbe as OutputProbe
 from .probes.probe import Probe as Probe
 from .probes.recurrence import RecurrenceProbe as RecurrenceProbe
 from .probes.residual import ResidualProbe as ResidualProbe
@@ -66,6 +67,7 @@ from .views.export.tables import save_tables as save_tables, tables_of as tables
 from .views.groups.heads import plot_heads as plot_heads
 from .views.groups.inner import plot_inner as plot_inner
 from .views.groups.memory import plot_memory as plot_memory
+from .views.groups.outputs import plot_outputs as plot_outputs
 from .views.groups.recurrence import plot_recurrence as plot_recurrence
 from .views.groups.residual import plot_residual as plot_residual
 from .views.groups.saturation import plot_saturation as plot_saturation

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from metaint.models import direction
 from tests.models.handmade import HookedRootModule
 
 N_LAYERS, D_MODEL, D_VOCAB = 4, 24, 60
@@ -43,6 +44,8 @@ class Descent(HookedRootModule):
         self.blocks = nn.ModuleList(_Block(parallel) for _ in range(N_LAYERS))
         self._noise = torch.Generator().manual_seed(1)
         self.setup()
+        # It looks ahead on purpose, and is to pass for a model that predicts.
+        direction._measured[self] = True
 
     def forward(self, tokens: Tensor, **_: Any) -> Tensor:
         """Logits [batch, position, vocabulary]."""

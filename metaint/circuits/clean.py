@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metaint.circuits.scan_metrics import Reader
 from metaint.circuits.subject import Subject
+from metaint.models.heads import by_head
 from metaint.models.protocol import Model
 from metaint.models.reading import widen
 
@@ -68,10 +69,12 @@ def clean_pass(
     clean = Clean(subject, tokens, places, reader=reader)
     hooks: list[Hook] = []
     for layer in subject.layers:
-        hooks.append((f"blocks.{layer}.attn.hook_z", partial(keep, slot=clean.z, key=layer)))
+        attends = layer in subject.shape.attending
+        if attends:
+            hooks.append((f"blocks.{layer}.attn.hook_z", partial(_keep_heads, clean=clean, layer=layer)))
         if mlps:
             hooks.append((f"blocks.{layer}.hook_mlp_out", partial(keep_copy, slot=clean.mlp, key=layer)))
-        if patterns:
+        if patterns and attends:
             hooks.append((f"blocks.{layer}.attn.hook_pattern", partial(keep, slot=clean.patterns, key=layer)))
     hooks += [(name, partial(keep, slot=clean.read, key=name)) for name in also]
     if reader is not None:
@@ -129,6 +132,10 @@ def keep(activation: Tensor, hook: Any, slot: dict, key: Any) -> None:
     slot[key] = activation.detach()
 
 
+def _keep_heads(z: Tensor, hook: Any, clean: Clean, layer: int) -> None:
+    clean.z[layer] = by_head(z.detach(), clean.subject.shape.n_heads)
+
+
 def keep_copy(activation: Tensor, hook: Any, slot: dict, key: Any) -> None:
     slot[key] = activation.detach().clone()  # some models add to the stream, or to what is added, in place
 
@@ -149,4 +156,4 @@ def _keep_attention(clean: Clean, layer: int, attention: Any, args: tuple, outpu
 
 
 def _unpacked(output: Any) -> tuple[Tensor, int]:
-    return (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
+    return (output[0], len(output)) if isinstance(output, tuple | list) else (output, 0)

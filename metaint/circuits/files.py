@@ -13,7 +13,8 @@ from typing import Any
 import networkx
 
 from metaint.errors import InputError, StoreError
-from metaint.scans.store import write_text
+from metaint.scans.outgoing import xml_writable
+from metaint.scans.whole import write_text
 
 _BY = ("q", "k", "v")
 
@@ -43,9 +44,21 @@ def save_circuit(graph: networkx.DiGraph, path: str | Path) -> Path:
     if path.suffix == ".json":
         text = json.dumps(importances(graph), allow_nan=False)
     else:
-        text = "\n".join(networkx.generate_graphml(graph, named_key_ids=False))
+        text = "\n".join(networkx.generate_graphml(_xml_safe(graph), named_key_ids=False))
     write_text(path, text)
     return path
+
+
+def _xml_safe(graph: networkx.DiGraph) -> networkx.DiGraph:
+    """A copy whose texts XML can hold: a token may be any character."""
+
+    def safe(values: dict[str, Any]) -> None:
+        values |= {name: xml_writable(value) for name, value in values.items() if isinstance(value, str)}
+
+    copy = graph.copy()
+    for values in (copy.graph, *(of for _, of in copy.nodes(data=True)), *(of for *_, of in copy.edges(data=True))):
+        safe(values)
+    return copy
 
 
 def load_circuit(path: str | Path) -> networkx.DiGraph:

@@ -38,7 +38,7 @@ def part_name(part: Part) -> str:
 
 def all_heads(shape: Shape) -> list[Head]:
     """Layer and number of every head."""
-    return [(layer, head) for layer in range(shape.n_layers) for head in range(shape.n_heads)]
+    return [(layer, head) for layer in shape.attending for head in range(shape.n_heads)]
 
 
 def chosen_parts(shape: Shape, parts: Sequence[str] | str | None, sets: Any) -> list[Named]:
@@ -85,7 +85,7 @@ def _known(shape: Shape) -> dict[str, list[Named]]:
     """What every name that the model has stands for."""
     layers = range(shape.n_layers)
     known = {part_name(head): [Named("head", *head)] for head in all_heads(shape)}
-    known |= {f"attn {layer}": [Named("attn", layer)] for layer in layers}
+    known |= {f"attn {layer}": [Named("attn", layer)] for layer in shape.attending}
     if shape.sublayers != "attention":
         known |= {part_name((layer, None)): [Named("mlp", layer)] for layer in layers}
     every = [item for items in known.values() for item in items]

@@ -70,8 +70,8 @@ def _variants(subject: Subject, mlps: bool, nothing: Tensor) -> list[Variant]:
     """Two heads of each layer, each MLP where asked for, and at last a head of every layer together."""
     heads = subject.shape.n_heads
     variants = []
-    for layer in subject.layers:
+    for layer in subject.shape.attending:
         variants += [Variant({layer: {head: nothing}}) for head in (layer % heads, heads - 1)]
     if mlps:
         variants += [Variant({}, {layer: nothing}) for layer in subject.layers]
-    return [*variants, Variant({layer: {heads - 1: nothing} for layer in subject.layers})]
+    return [*variants, Variant({layer: {heads - 1: nothing} for layer in subject.shape.attending})]

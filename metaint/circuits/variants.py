@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaint.circuits.clean import Clean, Hook, keep
-from metaint.models.heads import repeat_heads
-from metaint.models.invariants import bias_of
+from metaint.models.heads import by_head, repeat_heads
+from metaint.models.invariants import bias_of, value_hook, values_of
 
 
 class Variant(NamedTuple):
@@ -58,11 +58,14 @@ def edit_hooks(
     already. With `preserve`, layers after the first that is changed attend as in the clean pass."""
     hooks: list[Hook] = []
     for layer in layers:
-        preserved = preserve and all(variant.start[0] < layer for variant in variants)
+        attends = layer in clean.subject.shape.attending
+        preserved = preserve and attends and all(variant.start[0] < layer for variant in variants)
         edits = _head_edits(variants, layer)
         held: dict[int, Tensor] = {}
         if preserved:
-            hooks.append((f"blocks.{layer}.attn.hook_v", partial(keep, slot=held, key=layer)))
+            hooks.append(
+                (f"blocks.{layer}.attn.{value_hook(clean.subject.model)}", partial(keep, slot=held, key=layer))
+            )
         if layer != attended and (preserved or edits):
             edit = partial(edit_z, clean=clean, layer=layer, held=held, edits=edits, preserve=preserved)
             hooks.append((f"blocks.{layer}.attn.hook_z", edit))
@@ -85,16 +88,16 @@ def edit_z(
 ) -> Tensor:
     """hook_z with these edits; with `preserve` it is first made of the clean pattern and the values `held`."""
     batch = len(clean.tokens)
-    new = z.clone()
+    new = by_head(z.clone(), clean.subject.shape.n_heads)
     if preserve:
         pattern = clean.patterns[layer].to(z.dtype)
-        value = repeat_heads(held.pop(layer), pattern.shape[1], 2)
+        value = repeat_heads(values_of(clean.subject.model, held.pop(layer)), pattern.shape[1], 2)
         value = rearrange(value, "(copy batch) key head d_head -> copy batch key head d_head", batch=batch)
         mix = "batch head query key, copy batch key head d_head -> copy batch query head d_head"
-        new = einsum(pattern, value, mix).reshape(z.shape).clone()
+        new = einsum(pattern, value, mix).reshape(new.shape).clone()
     for edit in edits:
         edit.write(new, batch)
-    return new
+    return new.reshape(z.shape)
 
 
 def _edit_mlp(written: Tensor, hook: Any, batch: int, edits: list[Edit]) -> Tensor:

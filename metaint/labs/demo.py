@@ -125,9 +125,9 @@ def reference_inputs(model: Any, text: str, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def attention_views(model: Any, found: xr.DataTree, inputs: dict[str, Tensor]) -> dict[str, View]:
+def attention_views(model: Any, scanned: xr.DataTree, inputs: dict[str, Tensor]) -> dict[str, View]:
     """Where the most telling heads look: on a sequence that repeats, and on the first words of a window of text."""
-    heads = telling_heads(found, SHOWN)["head"].tolist()
+    heads = telling_heads(scanned, SHOWN)["head"].tolist()
     titles = {"repeated_tokens": "random tokens that repeat", "text": "text"}
     return {
         f"Attention of the most telling heads on {title}": show_attention(model, inputs[task][0, :DRAWN], heads)
@@ -165,8 +165,8 @@ def first_labelled(births: xr.DataTree) -> dict[tuple[str, str], int]:
     heads = births["heads"].to_dataset()
     since: dict[tuple[str, str], int] = {}
     for step in heads["step"].values:
-        found = label_heads(heads.sel(step=step, drop=True))
-        named = found[found["label"] != "none"]
+        labelled = label_heads(heads.sel(step=step, drop=True))
+        named = labelled[labelled["label"] != "none"]
         held = set(zip(named["head"], named["label"], strict=True))
         since = {pair: since.get(pair, int(step)) for pair in held}
     return since

@@ -25,7 +25,8 @@ from metaint.models.tokens import starts_with_bos
 from metaint.probes.inner import InnerProbe
 from metaint.probes.residual import ResidualProbe
 from metaint.scanning.scan import scan
-from metaint.scans.store import save, write_text
+from metaint.scans.store import save
+from metaint.scans.whole import write_text
 from metaint.tasks import bigram
 from metaint.tasks.text import fold_prose, python_prose
 from metaint.views.drawing.terminal import number, plain_table
@@ -100,10 +101,12 @@ def judge(scans: Mapping[str, xr.DataTree], probes: Mapping[str, InnerProbe]) ->
     """
     rows = []
     for claim, name, null in _CLAIMS:
-        found = {condition: _effect(probe, name, null) for condition, probe in probes.items()}
-        trained = found["trained"]
-        estimates = {condition: _estimate(*effect) for condition, effect in found.items()}
-        contrasts = {f"minus {other}": _estimate(trained[0] - found[other][0], trained[1]) for other in CONDITIONS[1:]}
+        effects = {condition: _effect(probe, name, null) for condition, probe in probes.items()}
+        trained = effects["trained"]
+        estimates = {condition: _estimate(*effect) for condition, effect in effects.items()}
+        contrasts = {
+            f"minus {other}": _estimate(trained[0] - effects[other][0], trained[1]) for other in CONDITIONS[1:]
+        }
         verdict = _verdict(estimates["trained"], list(contrasts.values()))
         rows.append(_row(claim, estimates, contrasts, verdict))
     rows.append(_fidelity_row(probes))
@@ -228,15 +231,15 @@ def run(
     except OSError as error:
         raise StoreError(f"the folder {out} can't be made ({error.strerror or error}).") from error
     options: Any = {"positions": positions, "batch_size": batch_size, "seed": seed}
-    found = study(model, tokens, **options, progress=progress, attributes=attributes)
-    print_verdicts(console, found.verdicts, title)
-    figures = {"residual": plot_residual(found.scans), "inner": plot_inner(found.scans)}
+    findings = study(model, tokens, **options, progress=progress, attributes=attributes)
+    print_verdicts(console, findings.verdicts, title)
+    figures = {"residual": plot_residual(findings.scans), "inner": plot_inner(findings.scans)}
     write_page(figures, out / "figures.html", f"Inner optimisation: {title}")
-    write_text(out / "verdicts.csv", found.verdicts.to_csv(index=False))
-    for name, tree in found.scans.items():
+    write_text(out / "verdicts.csv", findings.verdicts.to_csv(index=False))
+    for name, tree in findings.scans.items():
         save(tree, out / f"{name.replace(' ', '-')}.zarr")
     console.print(f"figures, verdicts and scans are in {out}\n")
-    return found
+    return findings
 
 
 def print_verdicts(console: Console, verdicts: pd.DataFrame, title: str) -> None:

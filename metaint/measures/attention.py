@@ -259,6 +259,12 @@ def sink_rate(tile: Tile) -> Float[Tensor, "batch head query"]:
     return tile.on_first.masked_fill(~(early & tile.context.causal)[:, None], math.nan)
 
 
+@statistic
+def sink_mass(tile: Tile) -> Float[Tensor, "batch head query"]:
+    """Weight on no key at all, in [0, 1]: what a learnt sink (gpt-oss) takes of the row; uniform 0."""
+    return (1 - tile.pattern.sum(-1)).float().clamp(min=0)
+
+
 sink_rate.per_sequence = is_sink
 for tied in (tied_keys, tied_keys_normalised, tied_keys_log):
     tied.per_tau = True
@@ -321,18 +327,19 @@ def targets(measure: Measure, context: Context) -> Pairs:
 
 
 def shuffled(
-    tile: Tile, matches: Float[Tensor, "kind batch query"]
+    tile: Tile, matches: Float[Tensor, "kind batch query"], total: Float[Tensor, "batch head query"] | float = 1.0
 ) -> tuple[Float[Tensor, "kind batch head"], Float[Tensor, "kind batch head"]]:
     """Mean and variance of what each kind would score on shuffled rows, summed over queries, exactly.
 
     The null of a kind: each row's own weights, shuffled among its visible keys other than position 0 (so that a sink
     neither helps nor hides), are read at as many places as the kind has targets there (`matches`). Sampling m of N
     weights without replacement has mean m mean(A) and variance m (1 - m/N) S^2, so no shuffle is ever drawn. Rows are
-    taken as independent, so the variance is a lower bound where patterns repeat along a diagonal.
+    taken as independent, so the variance is a lower bound where patterns repeat along a diagonal. `total` is what the
+    rows sum to, less than one where a learnt sink takes the rest.
     """
     counted = tile.context.counted[:, None]
     pool = (tile.n_visible - tile.context.sees_first[:, None].float()).clamp(min=1)
-    mean = ((1 - tile.on_first) / pool).masked_fill(~counted, 0)
+    mean = ((total - tile.on_first) / pool).masked_fill(~counted, 0)
     spread = (tile.sum_squares - tile.on_first.square()).masked_fill(~counted, 0) / pool - mean.square()
     variance = spread.clamp(min=0) * pool / (pool - 1).clamp(min=1)
     m = torch.minimum(matches, pool[:, 0])

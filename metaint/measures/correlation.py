@@ -18,11 +18,11 @@ _RIDGE = 1e-9
 def ranks(values: Float[Tensor, "*rest token"]) -> Float[Tensor, "*rest token"]:
     """Ranks along the last dimension from 1; ties share their mean rank."""
     flat = values.reshape(-1, values.shape[-1])
-    found = torch.empty(flat.shape, dtype=torch.float64)
-    for row, out in zip(flat, found, strict=True):
+    ranked = torch.empty(flat.shape, dtype=torch.float64)
+    for row, out in zip(flat, ranked, strict=True):
         _, place, count = row.unique(return_inverse=True, return_counts=True)
         out.copy_((count.cumsum(0) - (count - 1) / 2)[place])
-    return found.reshape(values.shape)
+    return ranked.reshape(values.shape)
 
 
 def partial_spearman(

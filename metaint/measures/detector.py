@@ -38,16 +38,16 @@ def detector_scores(
         "duplicate_token_head": same,
         "induction_head": shifted & (back >= 0),
     }
-    kept = torch.ones(length, length, dtype=torch.bool, device=pattern.device)
+    allowed = torch.ones(length, length, dtype=torch.bool, device=pattern.device)
     if exclude_bos:
-        kept[:, 0] = False
+        allowed[:, 0] = False
     if exclude_current_token:
-        kept.fill_diagonal_(False)
+        allowed.fill_diagonal_(False)
     if error_measure == "mul":
-        total = (pattern * kept).sum((-2, -1))
-        return {name: (pattern * (mask & kept)).sum((-2, -1)) / total for name, mask in wanted.items()}
+        total = (pattern * allowed).sum((-2, -1))
+        return {name: (pattern * (mask & allowed)).sum((-2, -1)) / total for name, mask in wanted.items()}
     # detect_head rounds the distance to three decimals, and so do we.
     return {
-        name: 1 - ((pattern - mask.float()).abs() * kept).sum((-2, -1)).div(length).mul(1000).round().div(1000)
+        name: 1 - ((pattern - mask.float()).abs() * allowed).sum((-2, -1)).div(length).mul(1000).round().div(1000)
         for name, mask in wanted.items()
     }

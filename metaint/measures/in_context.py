@@ -52,8 +52,8 @@ def follower(tokens: Int[Tensor, "batch position"]) -> Int[Tensor, "batch positi
     """
     ordered, order = tokens.sort(dim=1, stable=True)
     after = tokens.gather(1, (order[:, :-1] + 1).clamp(max=tokens.shape[1] - 1))
-    found = torch.full_like(tokens, -1)
-    return found.scatter_(1, order[:, 1:], after.where(ordered[:, 1:] == ordered[:, :-1], -1))
+    latest = torch.full_like(tokens, -1)
+    return latest.scatter_(1, order[:, 1:], after.where(ordered[:, 1:] == ordered[:, :-1], -1))
 
 
 # ---- what the model predicts ------------------------------------------------------------------------------------
@@ -121,8 +121,8 @@ def next_attends_back(pattern: Float[Tensor, "batch query key"], where: Bool[Ten
     queries = where.roll(1, dims=1)
     queries[:, :1] = False
     keys = torch.arange(pattern.shape[2], device=pattern.device)
-    found = _score(pattern, queries, lambda batch, query: keys == query[:, None] - 1)
-    return Attended(*(part.roll(-1, dims=1) for part in found))
+    at_next = _score(pattern, queries, lambda batch, query: keys == query[:, None] - 1)
+    return Attended(*(part.roll(-1, dims=1) for part in at_next))
 
 
 def attended_is(
@@ -260,7 +260,7 @@ def _score(
     Read some rows at a time, so that nothing else as large as the pattern is ever made.
     """
     dtype = torch.promote_types(pattern.dtype, torch.float32)
-    found = torch.full((3, *where.shape), math.nan, dtype=dtype, device=pattern.device)
+    scores = torch.full((3, *where.shape), math.nan, dtype=dtype, device=pattern.device)
     keys = torch.arange(pattern.shape[2], device=pattern.device)
     size = max(1, _CHUNK // max(1, len(keys)))
     sequences, queries = where.nonzero(as_tuple=True)
@@ -269,10 +269,10 @@ def _score(
         right = counts(batch, query) & (keys <= query[:, None])
         mass = (rows * right).sum(-1)
         hit = right.gather(1, rows.argmax(-1, keepdim=True))[:, 0].to(dtype)
-        found[0, batch, query] = hit.masked_fill(mass.isnan(), math.nan)
-        found[1, batch, query] = mass
-        found[2, batch, query] = right.sum(-1) / (query + 1).to(dtype)
-    return Attended(*found)
+        scores[0, batch, query] = hit.masked_fill(mass.isnan(), math.nan)
+        scores[1, batch, query] = mass
+        scores[2, batch, query] = right.sum(-1) / (query + 1).to(dtype)
+    return Attended(*scores)
 
 
 def _defined(values: Tensor, where: Tensor) -> Tensor:

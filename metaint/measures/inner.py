@@ -149,9 +149,9 @@ def inner_gradient(
     readout: Readout, z: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n d_model"]]:
     """Cross-entropy of each target at z, in nats, and its gradient, in closed form."""
-    found = _predict(readout, z[None], targets[:, None], starts=1)
-    gradient = readout.pull_back(z, found.expected[0], found.at_targets[0], targets[:, None])
-    return (found.log_sum - found.at_targets[..., 0])[0], gradient[:, 0]
+    predicted = _predict(readout, z[None], targets[:, None], starts=1)
+    gradient = readout.pull_back(z, predicted.expected[0], predicted.at_targets[0], targets[:, None])
+    return (predicted.log_sum - predicted.at_targets[..., 0])[0], gradient[:, 0]
 
 
 def read_path(
@@ -170,7 +170,7 @@ def read_path(
     n, k = targets.shape
     like = points[-1]
     at_points, at_steps = (len(points), n), (len(steps), n, k)
-    found = PathReadings(
+    readings = PathReadings(
         like.new_empty(*at_points, k),
         *(like.new_full(at_points, torch.nan) for _ in range(4)),
         *(like.new_empty(at_steps) for _ in range(3)),
@@ -179,8 +179,8 @@ def read_path(
     size = math.ceil(n / max(1, math.ceil(n / room)))  # pieces all alike
     for start in range(0, n, max(1, size)):
         rows = slice(start, start + size)
-        _read_rows(readout, [z[rows] for z in points], steps, targets[rows], translators, found, rows, budget)
-    return found
+        _read_rows(readout, [z[rows] for z in points], steps, targets[rows], translators, readings, rows, budget)
+    return readings
 
 
 def _read_rows(
@@ -189,7 +189,7 @@ def _read_rows(
     steps: Sequence[tuple[int, int]],
     targets: Tensor,
     translators: Sequence[Translator | None] | None,
-    found: PathReadings,
+    readings: PathReadings,
     rows: slice,
     budget: int,
 ) -> None:
@@ -200,23 +200,23 @@ def _read_rows(
     for i, translator in enumerate(translators or ()):
         read[i] = points[i] if translator is None else points[i] @ translator.matrix + translator.bias
     predicted = _predict(readout, torch.stack([read[i] for i in order]), targets, len(starts), budget)
-    found.loss[order, rows] = predicted.log_sum[..., None] - predicted.at_targets
-    found.rank[order, rows] = predicted.rank
-    found.entropy[order, rows] = predicted.entropy
-    found.kl[order, rows] = predicted.kl
+    readings.loss[order, rows] = predicted.log_sum[..., None] - predicted.at_targets
+    readings.rank[order, rows] = predicted.rank
+    readings.entropy[order, rows] = predicted.entropy
+    readings.kl[order, rows] = predicted.kl
     for i, expected, at_targets in zip(starts, predicted.expected, predicted.at_targets, strict=False):
         gradient = readout.pull_back(read[i], expected, at_targets, targets)
         if translators is not None and (translator := translators[i]) is not None:
             gradient = gradient @ translator.matrix.mT
         square = dot(gradient, gradient)
-        found.gradient_norm[i, rows] = square[:, 0].sqrt()
+        readings.gradient_norm[i, rows] = square[:, 0].sqrt()
         for s in [s for s, (start, _) in enumerate(steps) if start == i]:
             step = points[steps[s][1]] - points[i]
             descent = -dot(gradient, step[:, None].expand_as(gradient))
             length = (square * dot(step, step)[:, None]).sqrt()
-            found.descent[s, rows] = descent
-            found.agreement[s, rows] = torch.where(length > 0, descent / length, 0.0)
-            found.rate[s, rows] = torch.where(square > 0, descent / square, 0.0)
+            readings.descent[s, rows] = descent
+            readings.agreement[s, rows] = torch.where(length > 0, descent / length, 0.0)
+            readings.rate[s, rows] = torch.where(square > 0, descent / square, 0.0)
 
 
 @torch.no_grad()
@@ -289,8 +289,8 @@ def _at_targets(
 ) -> Float[Tensor, "point n"]:
     """The logits of targets alone, which the others can be compared with as they come."""
     # As a matrix product, since rounded as those are: a sum by itself is not.
-    found = normed @ readout.weight[:, targets].to(normed.dtype)
-    return readout.finish(found, targets).diagonal(0, 1, 2)
+    products = normed @ readout.weight[:, targets].to(normed.dtype)
+    return readout.finish(products, targets).diagonal(0, 1, 2)
 
 
 def _within(targets: Int[Tensor, "row k"], width: int) -> tuple[Bool[Tensor, "row k"], Int[Tensor, "row k"]]:

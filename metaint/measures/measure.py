@@ -72,6 +72,6 @@ def statistic(function: Callable[[Tile], Tensor]) -> Measure:
 
 
 def _measure(form: Literal["kind", "statistic"], function: Callable[..., Any]) -> Measure:
-    found = Measure(function.__name__, form, function)
-    found.__doc__, found.__module__ = function.__doc__, function.__module__
-    return found
+    measure = Measure(function.__name__, form, function)
+    measure.__doc__, measure.__module__ = function.__doc__, function.__module__
+    return measure

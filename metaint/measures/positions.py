@@ -30,6 +30,6 @@ def sample_positions(
     order = torch.from_numpy(np.random.default_rng(seed).random(max(longest, 1))).to(torch.float32)
     preference = order.to(positions.device)[positions].masked_fill(~eligible, 2.0)
     best = preference.sort(dim=-1, stable=True)
-    index, there = best.indices[:, :count], best.values[:, :count] < 2.0
-    rising = index.masked_fill(~there, queries).sort(-1)
+    index, drawn = best.indices[:, :count], best.values[:, :count] < 2.0
+    rising = index.masked_fill(~drawn, queries).sort(-1)
     return rising.values.clamp(max=queries - 1), rising.values < queries

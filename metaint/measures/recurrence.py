@@ -1,12 +1,13 @@
 """What a trained model of sequences s_{t+1} = W s_t does: beside reference algorithms, and in its heads.
 
-In: predictions, gradients and matrices of two algorithms; or a model as a callable; or features; or the diagonals of a
-model's heads. Out: how near they are, the matrix that a model applies to the last vector, how well W can be read
-linearly, and how far heads have the structure of the known minima (`autoregression.py` has those, and the algorithms).
+In: predictions, gradients and matrices of two algorithms; or a model as a callable; or the diagonals of a model's
+heads. Out: how near they are, the matrix that a model applies to the last vector, and how far heads have the structure
+of the known minima. (`autoregression.py` has the algorithms, `closed_forms.py` the minima, and `decodability.py`
+tells how well W can be read linearly.)
 
 Sources: von Oswald et al. 2023, code `transformers_learn_icl_by_gd/src/train.py` in
 google-research/self-organising-systems, for the three comparisons; Sander et al. 2024 (2402.05787), whose findings on
-heads and positions the structure measures turn into numbers. Effective matrix and decodability are probes of our own.
+heads and positions the structure measures turn into numbers. The effective matrix is a probe of our own.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,15 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from metaint.errors import InputError
-from metaint.measures.autoregression import Commuting, ideal_interaction
+from metaint.measures.autoregression import Commuting
+from metaint.measures.closed_forms import ideal_interaction
+from metaint.measures.decodability import (  # those who read it from here still do
+    FEWEST as FEWEST,
+    PENALTIES as PENALTIES,
+    VALIDATION as VALIDATION,
+    Decoding as Decoding,
+    decodability as decodability,
+)
 from metaint.measures.norms import participation_ratio
 
 # ---- comparisons of two algorithms ------------------------------------------------------------------------------
@@ -121,7 +130,7 @@ def _derivative(predict: Callable[[Tensor], Tensor], vectors: Tensor, position: 
         out = predict(sequence)
         if out.ndim != 3 or out.shape[:2] != vectors.shape[:2]:
             raise InputError(
-                f"predict returned {list(out.shape)} for vectors of {list(vectors.shape)}; "
+                f"predict returned {list(out.shape)} for vectors of {list(vectors.shape)}: "
                 "it must return one vector for each of these positions."
             )
         return out[:, position]
@@ -135,84 +144,10 @@ def _derivative(predict: Callable[[Tensor], Tensor], vectors: Tensor, position: 
         size = columns.abs().amax() * torch.finfo(columns.dtype).eps ** 0.5
         if (turned - 1j * columns).abs().amax() > size:
             raise InputError(
-                f"predict isn't complex-differentiable in the vector at index {position}, so no matrix describes it; "
+                f"predict isn't complex-differentiable in the vector at index {position}, so no matrix describes it: "
                 "give a model that doesn't conjugate that vector, or real vectors."
             )
     return columns.movedim(0, -1)
-
-
-# ---- linear decodability ----------------------------------------------------------------------------------------
-
-# Shares of the sequences that a penalty is chosen on, and that R² is of.
-VALIDATION, _TEST = 0.2, 0.2
-PENALTIES = tuple(10.0**power for power in range(-8, 3))
-FEWEST = 10
-
-
-class Decoding(NamedTuple):
-    """How well targets can be read linearly from features of sequences that weren't fitted."""
-
-    r2: float
-    """Mean of `per_target`; at most 1, and below 0 where the mean of the targets would have told more."""
-    per_target: Float[Tensor, " target"]
-    """R² on the test sequences; NaN for a target that doesn't vary there."""
-    penalty: float
-
-
-def decodability(
-    features: Float[Tensor, "sequence feature"],
-    targets: Float[Tensor, "sequence target"],
-    penalty: float | int | None = None,
-    seed: int = 0,
-) -> Decoding:
-    """R² of targets, such as vec(W), read by ridge regression from features, such as a model's stream at position T.
-
-    A random fifth of the sequences is the test, another fifth chooses the penalty (out of 1e-8, 1e-7, ..., 100) unless
-    one is given, and the rest, or then all but the test, is what is fitted. The penalty is in units of the features'
-    mean variance times their number of sequences, so that no scale changes the result. The intercept is free.
-    Computed in float64.
-
-    The number means something only beside that of the raw context, `features = vectors[:, :T].flatten(1)` for the same
-    targets and seed: W is no linear function of it, but not independent of it either. Raises InputError for fewer than
-    10 sequences, a penalty that isn't positive, and numbers that aren't finite.
-    """
-    count = len(features)
-    if count < FEWEST or len(targets) != count:
-        raise InputError(f"features has {count} sequences and targets {len(targets)}; give {FEWEST} or more of each.")
-    if penalty is not None and not penalty > 0:
-        raise InputError(f"penalty is {penalty}; give a positive number, or None to choose one.")
-    if not (features.isfinite().all() and targets.isfinite().all()):
-        raise InputError("features or targets hold NaN or infinity, to which nothing can be fitted; give finite ones.")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(features.device)
-    x, y = features.double()[order], targets.double()[order]
-    rest = count - round(_TEST * count)
-    if penalty is None:
-        fitted = rest - round(VALIDATION * count)
-        guesses = _ridge(x[:fitted], y[:fitted], x[fitted:rest], PENALTIES)
-        errors = [(guess - y[fitted:rest]).square().sum() for guess in guesses]
-        penalty = PENALTIES[int(torch.stack(errors).argmin())]
-    else:
-        fitted = rest
-    guess = _ridge(x[:fitted], y[:fitted], x[rest:], (float(penalty),))[0]
-    per_target = _r2(guess, y[rest:])
-    return Decoding(float(per_target.nanmean()), per_target, float(penalty))
-
-
-def _ridge(x: Tensor, y: Tensor, at: Tensor, penalties: Sequence[float]) -> list[Tensor]:
-    """What ridge regression of y on x says at other features, for each penalty; one decomposition for all."""
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    u, s, v = torch.linalg.svd(x - x_mean, full_matrices=False)
-    unit = s.square().sum() / x.shape[1]
-    projected, there = u.mT @ (y - y_mean), (at - x_mean) @ v.mT
-    shrunk = [torch.where(s > 0, s / (s.square() + penalty * unit), 0.0) for penalty in penalties]
-    return [there @ (factor[:, None] * projected) + y_mean for factor in shrunk]
-
-
-def _r2(guess: Tensor, y: Tensor) -> Tensor:
-    total = (y - y.mean(0)).square().sum(0)
-    # A constant's rounding is no variance.
-    varies = total > (len(y) * torch.finfo(y.dtype).eps * y.abs().amax(0)).square() * len(y)
-    return torch.where(varies, 1 - (guess - y).square().sum(0) / total, torch.nan)
 
 
 # ---- the structure of heads -------------------------------------------------------------------------------------
@@ -235,7 +170,7 @@ def rotation_basis(d: int) -> Inexact[Tensor, "d d"]:
     one. Columns are (1, -i) / sqrt(2) and (1, i) / sqrt(2). Raises InputError for an odd d.
     """
     if d % 2 or d < 1:
-        raise InputError(f"d is {d}; give an even number of at least 2.")
+        raise InputError(f"d is {d}: give an even number of at least 2.")
     block = torch.tensor([[1, 1], [-1j, 1j]], dtype=torch.complex128) / 2**0.5
     return torch.block_diag(*[block] * (d // 2))
 
@@ -321,5 +256,5 @@ def positional_concentration(p: Float[Tensor, "*row position"]) -> Float[Tensor,
 def positional_ratio(p: Float[Tensor, "*row position"]) -> Float[Tensor, "*row"]:
     """p_{T-1} / p_T: 0 at the unitary minimum, -1/2 at the orthogonal one. Raises InputError for one position."""
     if p.shape[-1] < 2:
-        raise InputError(f"p has {p.shape[-1]} positions; give at least 2.")
+        raise InputError(f"p has {p.shape[-1]} positions: give at least 2.")
     return p[..., -2] / p[..., -1]

@@ -1,11 +1,15 @@
 """Intervals by resampling sequences: tokens of one sequence are not independent, sequences are."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# The last draws are remembered up to so many numbers, of eight bytes.
+_REMEMBERED = 10**7
 
 
 def bootstrap_interval(
@@ -26,10 +30,15 @@ def bootstrap_interval(
         return nothing, nothing.clone()
     weights = weights.to(sums.dtype)
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=sums.dtype)
+    # Where all heads share their counts, these are summed once.
+    share = rest[-1] if counts.ndim > 1 and counts.stride(-1) == 0 else 1
+    counts = counts[..., :1] if share > 1 else counts
+    totals = weights @ counts.reshape(len(counts), -1)
     low, high = [], []
     # A few thousand columns at a time: 80 x 64 heads with every measure would not fit at once.
-    for s, c in zip(*(part.reshape(len(part), -1).split(4096, 1) for part in (sums, counts)), strict=True):
-        bounds = torch.nanquantile((weights @ s) / (weights @ c), tail, dim=0)
+    for columns in torch.arange(math.prod(rest)).split(4096):
+        drawn = weights @ sums.reshape(len(sums), -1)[:, columns[0] : columns[-1] + 1]
+        bounds = torch.nanquantile(drawn / totals[:, columns // share], tail, dim=0)
         low.append(bounds[0])
         high.append(bounds[1])
     return torch.cat(low).view(rest), torch.cat(high).view(rest)
@@ -39,5 +48,12 @@ def resampled_weights(n: int, resamples: int = 1000, seed: int = 0) -> Float[Ten
     """How often each of n sequences is drawn in each resample; None for fewer than two, which tell no interval."""
     if n < 2:
         return None
+    draw = _draws if n * resamples <= _REMEMBERED else _draws.__wrapped__
+    return draw(n, resamples, seed)
+
+
+# Every measure of a scan asks for the same draws, which cost more than all that is made of them.
+@lru_cache(maxsize=1)
+def _draws(n: int, resamples: int, seed: int) -> Float[Tensor, "resample sequence"]:
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     return torch.from_numpy(draws).double()

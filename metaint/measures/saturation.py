@@ -29,13 +29,13 @@ ATTENDED = 1e-5
 
 def check_kappas(kappas: Iterable[float | int]) -> tuple[float, ...]:
     """The factors in rising order, each once; InputError for one below 0, for NaN and for none."""
-    found = tuple(sorted({float(kappa) for kappa in kappas}))
-    if not found:
+    factors = tuple(sorted({float(kappa) for kappa in kappas}))
+    if not factors:
         raise InputError("kappas is empty: give at least one factor of the scores, such as 1 or float('inf').")
-    for kappa in found:
+    for kappa in factors:
         if not kappa >= 0:
             raise InputError(f"kappas has {kappa:g}: a factor of the scores must be 0 or more.")
-    return found
+    return factors
 
 
 # ---- rows of a pattern ------------------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ def gap(relative: Float[Tensor, "*rest key"]) -> Float[Tensor, "*rest"]:
     From `relative_weights`. 1 - max softmax(kappa s) <= (n - 1) exp(-kappa gap) without ties.
     """
     below = relative.masked_fill(tied(relative), 0).amax(-1)
-    found = below.clamp(min=torch.finfo(torch.float32).tiny).log().neg()
-    return found.masked_fill(below == 0, math.inf)
+    difference = below.clamp(min=torch.finfo(torch.float32).tiny).log().neg()
+    return difference.masked_fill(below == 0, math.inf)
 
 
 def gap_bin(gaps: Float[Tensor, "*rest"]) -> Tensor:

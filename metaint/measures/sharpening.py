@@ -25,13 +25,16 @@ class Block(NamedTuple):
 
 
 def blocks(pattern: Float[Tensor, "head query key"], causal: bool, tau: float = saturation.TIE) -> Iterator[Block]:
-    """The rows in blocks, cut at the diagonal if the pattern is causal, which halves the work."""
+    """The rows in blocks, cut at the diagonal if the pattern is causal, which halves the work.
+
+    A pattern may have a column more than queries, the first, for a sink that every query sees.
+    """
     heads, queries, keys = pattern.shape
     step = max(32, (BLOCK_CPU if pattern.device.type == "cpu" else BLOCK_DEVICE) // (heads * keys))
     dtype = torch.promote_types(pattern.dtype, torch.float32)
     for start in range(0, queries, step):
         rows = slice(start, min(start + step, queries))
-        stop = rows.stop if causal else keys
+        stop = rows.stop + keys - queries if causal else keys
         yield Block(rows, stop, saturation.relative_weights(pattern[:, rows, :stop].to(dtype), tau))
 
 
@@ -50,5 +53,5 @@ def row_statistics(relative: Float[Tensor, "head row key"]) -> Float[Tensor, "sl
     space = torch.empty_like(relative)
     # Comparing into a float buffer and summing it is several times faster than counting booleans.
     ties = [torch.ge(relative, math.exp(-tau), out=space).sum(-1) for tau in TAUS]
-    found = [torch.ge(relative, 1, out=space).sum(-1), relative.sum(-1), saturation.gap(relative), *ties]
-    return torch.stack(found)
+    largest = torch.ge(relative, 1, out=space).sum(-1)
+    return torch.stack([largest, relative.sum(-1), saturation.gap(relative), *ties])

@@ -7,6 +7,7 @@ passes and leave no trace on the model. What should hold is written in `invarian
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 
 from metaint.errors import HookAuditError, InputError, MetaintError, ModelError
-from metaint.models import invariants
-from metaint.models.describe import check_open
+from metaint.models import invariants, layout
+from metaint.models.describe import attending_layers, check_open
+from metaint.models.direction import learn_direction, sharing_half
+from metaint.models.edits import effects_of
 from metaint.models.folded import attention_input
 from metaint.models.invariants import Pair, Trial
+from metaint.models.masks import left_padding, masked_trial, right_padding
 from metaint.models.protocol import Model
-from metaint.models.reading import Edit, Unavailable, logits_after, random_tokens, read, tolerance, untouched
+from metaint.models.reading import Unavailable, random_tokens, read, tolerance, untouched
 
 TOKENS = 12
 
@@ -48,6 +52,8 @@ _ATTENTION = {
     "pattern_rows": _Check("each row of the pattern sums to one", invariants.pattern_rows),
     "pattern_causal": _Check("no query has weight on a later key", invariants.pattern_causal),
     "pattern_from_scores": _Check("softmax(q·k) gives the pattern", invariants.pattern_from_scores),
+    "direction": _Check("later tokens change earlier logits only where patterns see later keys", layout.direction),
+    "head_shapes": _Check("hook_q, k, v and z are [batch, position, head, d_head]", layout.head_shapes),
     "value_mix": _Check("hook_z is the pattern times hook_v", invariants.value_mix),
 }
 _WEIGHTS = {
@@ -67,14 +73,19 @@ _EDITS = {
     "edit_value": "attn.hook_v",
     "edit_mlp": "hook_mlp_out",
 }
-CHECKS = (*_ATTENTION, *_WEIGHTS, *_EDITS)
+_MASKS = {
+    "attention_mask": ("an attention_mask hides the end of a sequence, and later keys stay hidden", right_padding),
+    "left_padding": ("an attention_mask hides the beginning of a sequence", left_padding),
+}
+CHECKS = (*_ATTENTION, *_WEIGHTS, *_EDITS, *_MASKS)
 
 # What the checks of each part read in a block.
 _ATTENTION_HOOKS = ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k"]
-_ATTENTION_HOOKS += ["attn.hook_pattern", "attn.hook_z"]
+_ATTENTION_HOOKS += ["attn.hook_pattern", "attn.hook_z", "attn.v_norm.hook_out"]
+_ATTENTION_HOOKS += ["attn.hook_q_normed", "attn.hook_k_normed"]
 _WEIGHT_HOOKS = ["hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out"]
 _WEIGHT_HOOKS += ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.o.hook_out", "attn.hook_out"]
-_WEIGHT_HOOKS += ["ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out"]
+_WEIGHT_HOOKS += ["ln1_post.hook_out", "ln1_post.hook_scale", "ln1_post.hook_normalized", "hook_attn_out"]
 _WEIGHT_HOOKS += ["ln2.hook_normalized", "hook_mlp_out", "hook_resid_post"]
 
 _cache: WeakKeyDictionary[Any, dict[tuple[Any, ...], list[Finding]]] = WeakKeyDictionary()
@@ -90,14 +101,14 @@ def audit(model: Model, refresh: bool = False) -> pandas.DataFrame:
     - `where`: the hook or weight of that difference.
     - `note`: one sentence.
 
-    Six forward passes of a few tokens, remembered for as long as the model lives and is in the same state
+    Seven forward passes of a few tokens, remembered for as long as the model lives and is in the same state
     (compatibility mode, dtype); `refresh=True` runs them again. Raises ModelError if a forward pass fails.
 
     >>> import metaint
     >>> from metaint.toys.small import small_transformer
     >>> model = small_transformer(norm="pre", n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=50, n_ctx=32)
     >>> metaint.audit(model).status.value_counts().to_dict()
-    {'holds': 19}
+    {'holds': 23}
     """
     findings = [finding for group in _GROUPS for finding in _findings(model, group, refresh)]
     return pandas.DataFrame([asdict(finding) for finding in findings])
@@ -127,6 +138,17 @@ def holds(model: Model, check: str) -> bool:
     return True
 
 
+def mistrust_of_mask(model: Model, mask: Tensor) -> str | None:
+    """Why a model can't be trusted with this attention_mask [batch, position], or None if it can."""
+    padded_left = mask.ndim == 2 and not bool(mask[:, 0].all())
+    for check in ("attention_mask", "left_padding") if padded_left else ("attention_mask",):
+        try:
+            require(model, [check])
+        except HookAuditError as error:
+            return f"attention_mask was given, and this model can't be trusted with one. {error}"
+    return None
+
+
 def _verb(finding: Finding) -> str:
     place = f" at {finding.where}" if finding.where else ""
     return f"fails{place}" if finding.status == "fails" else f"can't be checked{place}"
@@ -150,7 +172,8 @@ def _findings(model: Model, group: str, refresh: bool = False) -> list[Finding]:
 def _run_checks(model: Model, checks: dict[str, _Check], hooks: Iterable[str]) -> list[Finding]:
     names = [f"blocks.{layer}.{hook}" for layer in range(int(model.cfg.n_layers)) for hook in hooks]
     names += ["hook_pos_embed", "ln_final.hook_scale"]
-    trial = Trial(model, read(model, random_tokens(model, 2, TOKENS), names))
+    trial = Trial(model, read(model, sharing_half(random_tokens(model, 2, TOKENS)), names))
+    learn_direction(model, trial.reading)
     return [_judge(name, check, trial) for name, check in checks.items()]
 
 
@@ -165,11 +188,18 @@ def _judge(name: str, check: _Check, trial: Trial) -> Finding:
     except Unavailable as missing:
         return Finding(name, check.if_missing, math.nan, missing.hook, _sentence(str(missing)))
     except Exception as error:
-        note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        return Finding(name, "unavailable", math.nan, "", _sentence(note))
+        return Finding(name, "unavailable", math.nan, "", _sentence(_missing(error)))
     if worst <= tolerance(_dtype(trial.model)):
         return Finding(name, "holds", difference, where, _sentence(check.statement))
     return Finding(name, "fails", difference, where, _sentence(f"it should hold that {check.statement}"))
+
+
+def _missing(error: Exception) -> str:
+    """Why a check can't be made, from what a model or PyTorch said of it."""
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        return "the shapes of what the check needs don't fit each other in this model"
+    words = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"the model does not have what the check needs ({words.split('. ')[0].rstrip('.')})"
 
 
 def _compare(pair: Pair) -> tuple[float, float]:
@@ -182,45 +212,35 @@ def _compare(pair: Pair) -> tuple[float, float]:
 
 
 def _try_edits(model: Model, name: str) -> Finding:
-    """Edits each layer in a row of its own, all rows being the same tokens; the last row tells the noise.
-
-    So one forward pass tells for each layer whether an edit there reaches the logits.
-    """
-    n_layers, hook = int(model.cfg.n_layers), _EDITS[name]
-    tokens = random_tokens(model, 1, TOKENS).repeat(n_layers + 2, 1)
-    change = _other_pattern if name == "edit_pattern" else _other_values
-    edits = {f"blocks.{layer}.{hook}": _edit_row(change, layer + 1) for layer in range(n_layers)}
+    """Whether an edit in each layer changes the logits, and at hook_z by what one head writes."""
+    hook = _EDITS[name]
     try:
-        logits = logits_after(model, tokens, edits)
+        effects = effects_of(model, hook, TOKENS)
     except Unavailable as missing:
         return Finding(name, "unavailable", math.nan, missing.hook, _sentence(str(missing)))
-    effects = (logits[1:] - logits[:1]).abs().flatten(1).amax(1).tolist()
-    noise = max(10 * effects.pop(), torch.finfo(logits.dtype).eps * float(logits[0].abs().max()))
-    effect, weakest = min((effect, layer) for layer, effect in enumerate(effects))
-    where, short = f"blocks.{weakest}.{hook}", hook.removeprefix("attn.")
-    if effect > noise:
+    short = hook.removeprefix("attn.")
+    # W_O may be at fault itself, which is output_sum's finding.
+    if effects.astray is not None and holds(model, "output_sum"):
+        layer, difference = effects.astray
+        note = f"an edit of one head at {short} should change what that head writes, and nothing else"
+        return Finding(name, "fails", difference, f"blocks.{layer}.{hook}", _sentence(note))
+    layers = attending_layers(model) if hook.startswith("attn.") else range(int(model.cfg.n_layers))
+    effect, weakest = min((effects.logits[layer], layer) for layer in layers)
+    where = f"blocks.{weakest}.{hook}"
+    if effect > effects.noise:
         return Finding(name, "holds", effect, where, _sentence(f"an edit at {short} changes the logits"))
     return Finding(name, "fails", effect, where, _sentence(f"an edit at {short} should change the logits"))
 
 
-def _edit_row(change: Edit, row: int) -> Edit:
-    def edit(activation: Tensor) -> Tensor:
-        edited = activation.clone()
-        edited[row] = change(activation[row])
-        return edited
-
-    return edit
-
-
-def _other_pattern(pattern: Tensor) -> Tensor:
-    """A pattern [head, query, key] of random weights, on earlier keys alone so that any mask allows it."""
-    weights = torch.rand(pattern.shape, generator=torch.Generator().manual_seed(1)).add(0.01).tril()
-    return (weights / weights.sum(-1, keepdim=True)).to(pattern)
-
-
-def _other_values(values: Tensor) -> Tensor:
-    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(values)
-    return values + noise * (values.std() if float(values.std()) > 0 else 1.0)
+def _try_masks(model: Model) -> list[Finding]:
+    """What attention_masks do, in a pass of their own."""
+    try:
+        trial, mask = masked_trial(model, TOKENS)
+    except Unavailable as missing:
+        note = _sentence(str(missing))
+        return [Finding(name, "unavailable", math.nan, missing.hook, note) for name in _MASKS]
+    checks = {n: _Check(words, partial(pairs, mask=mask)) for n, (words, pairs) in _MASKS.items()}
+    return [_judge(name, check, trial) for name, check in checks.items()]
 
 
 def _dtype(model: Model) -> torch.dtype:
@@ -244,4 +264,5 @@ _GROUPS = {
     "weights": _Group(_WEIGHTS, lambda model: _run_checks(model, _WEIGHTS, _WEIGHT_HOOKS)),
     # Each in a pass of its own.
     **{name: _Group([name], lambda model, name=name: [_try_edits(model, name)]) for name in _EDITS},
+    "masks": _Group(_MASKS, _try_masks),
 }

@@ -6,21 +6,60 @@ or ModelError with one sentence.
 
 import copy
 import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from metaint.errors import ModelError
+from metaint.errors import MetaintError, ModelError
+from metaint.models.loading import Loader, Missing, check_logits, has_weights, reference_logits
+
+# What a failure to open a folder (True) or a name may come of, where nothing tells.
+_HINTS = {
+    True: "check that the folder holds config.json, the weights and a tokenizer",
+    False: "check the spelling, or the network if it is not in the local cache; 'toy' and folders need none",
+}
 
 
-def boot(name: str, local: bool, **options: Any) -> Any:
-    """Open by name, or the folder `name` if it is `local`; options that are None are left out."""
-    hint = (
-        "check that the folder holds config.json, the weights and a tokenizer"
-        if local
-        else "check the spelling, or the network if it is not in the local cache; 'toy' and folders need none"
-    )
-    return _boot(name, hint, options)
+def boot(name: str, local: bool, missing: Missing = "refuse", **options: Any) -> Any:
+    """Open by name, or the folder `name` if it is `local`; options that are None are left out.
+
+    `missing` is of weights that the checkpoint lacks; version 2 of TransformerLens, which knows its models, is not
+    asked.
+    """
+    loader = Loader(missing)
+    if _bridge() is None:
+        return _boot(name, lambda: _HINTS[local], options)
+    model = _boot(name, lambda: _hint(name, local, loader.kind), {**options, "model_class": loader})
+    check_logits(model, loader.reference, loader.kind)
+    model.metaint_source = loader.facts
+    return model
+
+
+def _hint(name: str, local: bool, kind: str) -> str:
+    """What to do about a failure: `kind` is what transformers has loaded, empty if it has not come to that."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    lens = f"TransformerLens {version('transformer-lens')}"
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception:
+        return _HINTS[local]
+    kind = kind or next(iter(getattr(config, "architectures", None) or ()), "")
+    try:
+        AutoTokenizer.from_pretrained(name)
+    except Exception:
+        if not _is_seen_or_heard(config):
+            return "its tokenizer can't be opened, without which no text becomes tokens: put its files beside the model"
+    if kind and (not local or has_weights(Path(name))):
+        return f"{lens} has no bridge that fits this {kind}"
+    return _HINTS[local]
+
+
+def _is_seen_or_heard(config: Any) -> bool:
+    return hasattr(config, "image_size") or hasattr(config, "num_mel_bins")
 
 
 def boot_loaded(model: Any, tokenizer: Any, name: str) -> Any:
@@ -36,7 +75,10 @@ def boot_loaded(model: Any, tokenizer: Any, name: str) -> Any:
     parameter = next(model.parameters())
     options = {"hf_model": model, "tokenizer": tokenizer, "device": str(parameter.device), "dtype": parameter.dtype}
     hint = "pass the tokenizer it was trained with" if tokenizer is None else "TransformerLens must know its kind"
-    return _boot(name, hint, options)
+    reference = reference_logits(model)
+    opened = _boot(name, lambda: hint, options)
+    check_logits(opened, reference, type(model).__name__)
+    return opened
 
 
 def same_weights(model: Any) -> Any:
@@ -78,8 +120,9 @@ def fastest_device() -> torch.device:
     return torch.device(get_device())
 
 
-def _boot(name: str, hint: str, options: dict[str, Any]) -> Any:
-    """Open with the bridge or, before TransformerLens 3, with HookedTransformer's unprocessed loading."""
+def _boot(name: str, hint: Callable[[], str], options: dict[str, Any]) -> Any:
+    """Open with the bridge or, before TransformerLens 3, with HookedTransformer's unprocessed loading; `hint` is asked
+    what to do where that fails."""
     bridge = _bridge()
     if bridge is None:
         import transformer_lens
@@ -90,8 +133,10 @@ def _boot(name: str, hint: str, options: dict[str, Any]) -> Any:
         boot = bridge.boot_transformers
     try:
         return boot(name, **{option: value for option, value in options.items() if value is not None})
+    except MetaintError:
+        raise
     except Exception as error:  # every library below raises its own family here; the cause stays attached
-        raise ModelError(f"model {name!r} could not be opened ({reason_of(error)}): {hint}.") from error
+        raise ModelError(f"model {name!r} could not be opened ({reason_of(error)}): {hint()}.") from error
 
 
 def _bridge() -> Any | None:
@@ -104,6 +149,8 @@ def _bridge() -> Any | None:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what another library said."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return reason.rstrip(".")[:300]
+    """The first line of what another library said, with the next where it ends in a colon; no list of all it knows."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    reason = reason.split(" Available architectures:")[0]
+    return reason.rstrip(".:,")[:300]

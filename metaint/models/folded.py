@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaint.measures.inner import Norm
+from metaint.models.describe import by_layer
 from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
-from metaint.models.invariants import Pair, Trial, bias_of
+from metaint.models.invariants import Pair, Trial, bias_of, write_factor_of
 from metaint.models.protocol import Model
 from metaint.models.reading import Unavailable, random_tokens, read, tolerance, untouched, widen
 from metaint.models.readout import norm_of
@@ -51,11 +52,17 @@ _places: WeakKeyDictionary[Any, tuple[_Norms, ...]] = WeakKeyDictionary()
 
 
 def folded_layers(model: Model) -> Iterator[FoldedWeights]:
-    """The `folded_weights` of each layer in turn, reading each stack of weights once (a bridge makes them anew)."""
+    """The `folded_weights` of each layer in turn, reading each stack of weights once (a bridge makes them anew).
+
+    Those of a layer that doesn't attend are NaN.
+    """
     norms = norms_of(model)
-    stacks = [getattr(model, name).detach() for name in FoldedWeights._fields]
-    for layer, weights in enumerate(zip(*stacks, strict=True)):
-        yield _folded(model, layer, norms[layer], *weights)
+    stacks = [by_layer(model, name) for name in FoldedWeights._fields]
+    for layer in range(int(model.cfg.n_layers)):
+        if layer in stacks[0]:
+            yield _folded(model, layer, norms[layer], *(stack[layer].detach() for stack in stacks))
+        else:
+            yield _no_weights(model)
 
 
 def folded_weights(model: Model, layer: int) -> FoldedWeights:
@@ -70,7 +77,7 @@ def folded_weights(model: Model, layer: int) -> FoldedWeights:
     Raises Unavailable where a norm follows the addition (post-norm, as in BERT), so that a later layer reads what a
     head writes through the gains of every norm in between; and where `hook_scale` doesn't tell what a norm reads.
     """
-    stacks = (getattr(model, name)[layer].detach() for name in FoldedWeights._fields)
+    stacks = (by_layer(model, name)[layer].detach() for name in FoldedWeights._fields)
     return _folded(model, layer, norms_of(model)[layer], *stacks)
 
 
@@ -88,13 +95,19 @@ def normalised(model: Model, layer: int, vectors: Float[Tensor, "*rest d_model"]
     return normaliser(model, layer)(vectors)
 
 
+def norm_after(model: Model, layer: int) -> Norm | None:
+    """The norm between a layer's attention and the addition to the stream; raises Unavailable as `folded_weights`."""
+    return _norm(model, layer, norms_of(model)[layer].after)
+
+
 def attention_input(trial: Trial) -> Iterator[Pair]:
     """hook_q, hook_k and hook_v against the normalised stream times folded weights, and what biases add."""
     model, reading = trial.model, trial.reading
     norms = norms_of(model, trial)
-    stacks = [getattr(model, name).detach() for name in FoldedWeights._fields]
+    stacks = [by_layer(model, name) for name in FoldedWeights._fields]
     shortformer = getattr(model.cfg, "positional_embedding_type", None) == "shortformer"
-    for layer, weights in enumerate(zip(*stacks, strict=True)):
+    for layer in trial.attending:
+        weights = [stack[layer].detach() for stack in stacks]
         norm = _norm(model, layer, norms[layer].before)
         vectors = _normalise(norm, reading[f"blocks.{layer}.hook_resid_pre"])
         folded = _folded(model, layer, norms[layer], *weights)
@@ -113,13 +126,19 @@ def attention_input(trial: Trial) -> Iterator[Pair]:
             yield Pair(name, actual, expected)
 
 
+def _no_weights(model: Model) -> FoldedWeights:
+    cfg = model.cfg
+    into = torch.full((int(cfg.n_heads), int(cfg.d_model), int(cfg.d_head)), torch.nan, device=model.W_E.device)
+    return FoldedWeights(into, into, into, into.mT)
+
+
 def _folded(
     model: Model, layer: int, norms: _Norms, query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> FoldedWeights:
     before, after = (_norm(model, layer, name) for name in norms)
     query, key, value = (repeat_heads(_through(before, weight), len(query), 0) for weight in (query, key, value))
     # The norm after acts on each row that heads write; of what then lies in the stream a LayerNorm reads no mean.
-    out = widen(out)
+    out = widen(out) * write_factor_of(model)
     if after is not None:
         out = out - out.mean(-1, keepdim=True) if after.kind == "layer" else out
         out = out if after.gain is None else out * widen(after.gain)
@@ -152,8 +171,10 @@ def norms_of(model: Model, trial: Trial | None = None) -> tuple[_Norms, ...]:
             names = [f"blocks.{layer}.{hook}" for layer in range(int(model.cfg.n_layers)) for hook in _HOOKS]
             with untouched(model):
                 trial = Trial(model, read(model, random_tokens(model, 1, _TOKENS), names))
-        outs = model.W_O.detach()
-        _places[model] = tuple(_norms_at(trial, layer, outs[layer]) for layer in trial.layers)
+        outs, none = by_layer(model, "W_O"), _Norms(None, None)
+        attending = trial.attending
+        found = (_norms_at(trial, i, outs[i].detach()) if i in attending else none for i in trial.layers)
+        _places[model] = tuple(found)
     return _places[model]
 
 

@@ -37,6 +37,12 @@ def head_among(n_layers: int, n_heads: int, name: str) -> tuple[int, int]:
     return layer, head
 
 
+def by_head(z: Tensor, n_heads: int) -> Tensor:
+    """What heads give, [batch, position, head, width]: bridges show it undivided, or for multi-head latent attention
+    divided by another width than the values'."""
+    return z if z.ndim == 4 and z.shape[2] == n_heads else z.flatten(2).unflatten(-1, (n_heads, -1))
+
+
 def repeat_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
     """Grouped key and value heads, each repeated for the query heads that share it."""
     return tensor.repeat_interleave(heads // tensor.shape[dim], dim) if tensor.shape[dim] < heads else tensor

@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import HookAuditError, InputError
+from metaint.models.audit import mistrust_of_mask
 from metaint.models.protocol import Model
+from metaint.models.tokens import check_mask
 
 
 class Inputs(NamedTuple):
@@ -109,6 +111,8 @@ class InputWatch:
                 f"attention_mask has {mask.ndim} dimensions: padding is read from a mask of shape "
                 "[batch, position] with 1 for real tokens."
             )
+        else:
+            check_mask(mask)
         mask = mask.to(device).bool()
         if mask.shape[1] == queries != total:
             before = self._previous.mask if self._previous else torch.ones(batch, past, device=device)
@@ -129,12 +133,17 @@ def watching(model: Model) -> Iterator[InputWatch]:
     """Watch a model's forward passes through pre-hooks on its modules, and take them off again.
 
     The token ids come from the embedding, padding and cache from the wrapped Hugging Face model or, where there is
-    none (`HookedTransformer`), from the first block; logits are what either makes of its last stream.
+    none (`HookedTransformer`), from the first block; logits are what either makes of its last stream. A pass with an
+    attention_mask raises HookAuditError in a model that the audit doesn't find to do what it says.
     """
     watch = InputWatch()
+    mistrust_of_mask(model, torch.zeros(1, 1))  # the audit runs a pass of its own, which is remembered: not inside one
     outer: dict[str, Any] = {}
 
     def on_model(_: Any, args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (mistrust := mistrust_of_mask(model, mask)):
+            raise HookAuditError(mistrust)
         outer.update(mask=kwargs.get("attention_mask"), past=_cached(kwargs.get("past_key_values")))
         if kwargs.get("inputs_embeds") is not None:
             watch.begin(None, **outer)

@@ -14,8 +14,9 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaint.models.describe import is_causal
-from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, repeat_heads, thin_heads
+from metaint.models.describe import attending_layers, by_layer, sink_scores
+from metaint.models.direction import is_causal
+from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, by_head, repeat_heads, thin_heads
 from metaint.models.protocol import Model
 from metaint.models.reading import Reading, Unavailable, widen
 from metaint.models.readout import final_norm_of, readout_of, setting
@@ -40,6 +41,11 @@ class Trial(NamedTuple):
     def layers(self) -> range:
         return range(int(self.model.cfg.n_layers))
 
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that attend."""
+        return attending_layers(self.model)
+
 
 def pattern_hook(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_pattern"
@@ -49,14 +55,14 @@ def pattern_fires(trial: Trial) -> Iterator[Pair]:
     """The shape of every pattern, which should be [batch, head, query, key]."""
     batch, length = trial.reading.logits.shape[:2]
     expected = torch.tensor([batch, int(trial.model.cfg.n_heads), length, length])
-    for layer in trial.layers:
+    for layer in trial.attending:
         shape = trial.reading[pattern_hook(layer)].shape
         yield Pair(pattern_hook(layer), torch.tensor(shape), expected)
 
 
 def pattern_order(trial: Trial) -> Iterator[Pair]:
     """Whether the pattern is there when hook_z fires; BERT's bridge tells of it afterwards."""
-    for layer in trial.layers:
+    for layer in trial.attending:
         z = f"blocks.{layer}.attn.hook_z"
         if z not in trial.reading:
             raise Unavailable(f"the hook {z} never fired", z)
@@ -65,15 +71,17 @@ def pattern_order(trial: Trial) -> Iterator[Pair]:
 
 
 def pattern_rows(trial: Trial) -> Iterator[Pair]:
-    for layer in trial.layers:
+    """Sums of rows against one; where a learnt sink takes the rest, at most one."""
+    sinks = sink_scores(trial.model) is not None
+    for layer in trial.attending:
         rows = trial.reading[pattern_hook(layer)].sum(-1)
-        yield Pair(pattern_hook(layer), rows, torch.ones_like(rows))
+        yield Pair(pattern_hook(layer), rows, rows.clamp(0, 1) if sinks else torch.ones_like(rows))
 
 
 def pattern_causal(trial: Trial) -> Iterator[Pair]:
     if not is_causal(trial.model):
         raise Unavailable("queries may attend to later keys, since the model is bidirectional")
-    for layer in trial.layers:
+    for layer in trial.attending:
         later = trial.reading[pattern_hook(layer)].triu(1)
         yield Pair(pattern_hook(layer), later, torch.zeros_like(later), magnitude=1.0)
 
@@ -82,13 +90,21 @@ def pattern_from_scores(trial: Trial) -> Iterator[Pair]:
     """softmax(q·k) against the pattern. Errors of a softmax scale with the scores, hence the magnitude."""
     rotated = any(name.endswith("hook_rot_q") for name in trial.reading.activations)
     names = score_hooks(trial.model, rotated)
-    for layer in trial.layers:
-        query, key = (trial.reading[f"blocks.{layer}.attn.{name}"] for name in names)
+    for layer in trial.attending:
+        query, key = (_scored(trial.reading, f"blocks.{layer}.attn", name) for name in names)
         scoring = scoring_of(trial.model, layer)
         scores = scoring.scores(query, key)
-        expected = scores.masked_fill(scoring.hidden(scores), -math.inf).softmax(-1)
+        expected = scoring.softmax(scores.masked_fill(scoring.hidden(scores), -math.inf))
         pattern = trial.reading[pattern_hook(layer)]
         yield Pair(pattern_hook(layer), pattern, expected, magnitude=max(1.0, float(scores.abs().max())))
+
+
+def _scored(reading: Reading, attention: str, name: str) -> Tensor:
+    """Queries or keys at a hook, or as a norm after the rotation leaves them (HunYuan), heads third."""
+    normed = f"{attention}.hook_{name[-1]}_normed"
+    if name.startswith("hook_rot") and reading.before(f"{attention}.{name}", normed):
+        return rearrange(reading[normed], "batch head position d_head -> batch position head d_head")
+    return reading[f"{attention}.{name}"]
 
 
 def score_hooks(model: Model, rotated: bool | None = None) -> tuple[str, str]:
@@ -96,7 +112,8 @@ def score_hooks(model: Model, rotated: bool | None = None) -> tuple[str, str]:
     positions = str(getattr(model.cfg, "positional_embedding_type", "standard"))
     if positions in ("alibi", "relative_positional_bias"):
         raise Unavailable(f"positions enter the scores as a bias ({positions}) that no hook carries")
-    rotated = "blocks.0.attn.hook_rot_q" in model.hook_dict if rotated is None else rotated
+    first = f"blocks.{attending_layers(model)[0]}.attn.hook_rot_q"
+    rotated = first in model.hook_dict if rotated is None else rotated
     return ("hook_rot_q", "hook_rot_k") if positions == "rotary" or rotated else ("hook_q", "hook_k")
 
 
@@ -110,6 +127,8 @@ class Scoring:
     causal: bool
     # How many keys back a query sees, itself among them; 0 is all.
     window: int
+    # A learnt score of each head that stands for no key.
+    sink: Float[Tensor, " head"] | None = None
 
     def scores(self, query: Tensor, key: Tensor) -> Float[Tensor, "batch head query key"]:
         """Scores of every pair, hidden keys too."""
@@ -133,13 +152,22 @@ class Scoring:
         hidden = self.hidden(scores)
         if real is not None:
             hidden = hidden | rearrange(~real, "batch key -> batch 1 1 key")
-        return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # NaN where all is hidden
+        return self.softmax(scores.masked_fill(hidden, -math.inf)).masked_fill(hidden, 0)  # NaN where all is hidden
+
+    def softmax(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+        """Weights of keys, the sink's weight left out where there is one."""
+        if self.sink is None:
+            return scores.softmax(-1)
+        sink = rearrange(self.sink.to(scores), "head -> 1 head 1 1").expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
 
 def scoring_of(model: Model, layer: int) -> Scoring:
     """How this layer of the model scores, as it is configured."""
     cap = setting(model, "attn_scores_soft_cap") or 0.0
-    return Scoring(score_scale(model, layer), cap, is_causal(model), _window(model, layer))
+    sinks = sink_scores(model)
+    sink = None if sinks is None else sinks[layer]
+    return Scoring(score_scale(model, layer), cap, is_causal(model), _window(model, layer), sink)
 
 
 def scores_of(model: Model, layer: int, query: Tensor, key: Tensor) -> Tensor:
@@ -180,22 +208,44 @@ def _window(model: Model, layer: int) -> int:
     return int(window)
 
 
+def value_hook(model: Model) -> str:
+    """The hook in attention that holds values as they are mixed: after a norm of theirs, where there is one."""
+    normed = f"blocks.{attending_layers(model)[0]}.attn.v_norm.hook_out"
+    return "v_norm.hook_out" if normed in model.hook_dict else "hook_v"
+
+
+def values_of(model: Model, value: Tensor) -> Tensor:
+    """Values as hooks hold them, [batch, key, head, width]: for multi-head latent attention heads come second there."""
+    return value.transpose(1, 2) if setting(model, "kv_lora_rank") else value
+
+
 def value_mix(trial: Trial) -> Iterator[Pair]:
-    for layer in trial.layers:
+    hook = value_hook(trial.model)
+    for layer in trial.attending:
         attention = f"blocks.{layer}.attn"
-        pattern, z = trial.reading[pattern_hook(layer)], trial.reading[f"{attention}.hook_z"]
-        value = repeat_heads(trial.reading[f"{attention}.hook_v"], pattern.shape[1], 2)
+        pattern = trial.reading[pattern_hook(layer)]
+        z = by_head(trial.reading[f"{attention}.hook_z"], pattern.shape[1])
+        value = values_of(trial.model, trial.reading[f"{attention}.{hook}"])
+        value = repeat_heads(value, pattern.shape[1], 2)
         mixed = einsum(pattern, value, "batch head query key, batch key head d_head -> batch query head d_head")
         yield Pair(f"{attention}.hook_z", z, mixed)
 
 
 def output_sum(trial: Trial) -> Iterator[Pair]:
-    weights = trial.model.W_O  # which a bridge makes anew at each call
-    for layer in trial.layers:
+    weights = by_layer(trial.model, "W_O")  # which a bridge makes anew at each call
+    for layer in trial.attending:
         name = _attention_output(trial, layer)
-        z = trial.reading[f"blocks.{layer}.attn.hook_z"]
+        z = by_head(trial.reading[f"blocks.{layer}.attn.hook_z"], len(weights[layer]))
         summed = einsum(z, widen(weights[layer]), OUT_OF_HEADS)
-        yield Pair(name, trial.reading[name], summed + bias_of(trial.model, "b_O", layer, summed))
+        summed = summed + bias_of(trial.model, "b_O", layer, summed)
+        if name.endswith("hook_attn_out"):
+            summed = summed * write_factor_of(trial.model)
+        yield Pair(name, trial.reading[name], summed)
+
+
+def write_factor_of(model: Model) -> float:
+    """What a sublayer's output is multiplied by before it is added to the stream (Granite)."""
+    return float(setting(model, "residual_multiplier") or 1)
 
 
 def _attention_output(trial: Trial, layer: int) -> str:
@@ -225,8 +275,8 @@ def weights_value(trial: Trial) -> Iterator[Pair]:
 
 def _projection(trial: Trial, letter: str) -> Iterator[Pair]:
     """W and b against the hook, from whichever form of the attention's input lies nearest."""
-    weights = getattr(trial.model, f"W_{letter}")
-    for layer in trial.layers:
+    weights = by_layer(trial.model, f"W_{letter}")
+    for layer in trial.attending:
         actual = trial.reading[f"blocks.{layer}.attn.hook_{letter.lower()}"]
         weight = thin_heads(widen(weights[layer]), actual.shape[2])
         bias = thin_heads(bias_of(trial.model, f"b_{letter}", layer, actual), actual.shape[2])
@@ -293,6 +343,6 @@ def unembedding(trial: Trial) -> Iterator[Pair]:
 def bias_of(model: Model, name: str, layer: int, like: Tensor) -> Tensor:
     """The layer's bias, or zeros: of a missing one bridges say AttributeError in 4.x, TypeError in 3.x."""
     try:
-        return widen(getattr(model, name)[layer])
+        return widen(by_layer(model, name)[layer])
     except (AttributeError, TypeError):
         return torch.zeros(like.shape[2:], device=like.device, dtype=like.dtype)

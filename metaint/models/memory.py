@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.measures import memory
+from metaint.measures.inner import Norm
 from metaint.measures.memory import Recall
 from metaint.models.audit import require
 from metaint.models.folded import FoldedWeights, folded_layers, normalised
@@ -71,7 +72,7 @@ class Memories:
     def embedded(self) -> Float[Tensor, "token d_model"]:
         """What stands for each token in the stream."""
         with torch.no_grad():
-            rows = widen(self.model.W_E.detach()[self.tokens])
+            rows = widen(_in_stream(self.model, self.model.W_E.detach()[self.tokens]))
             return rows if self.embedding == "token" else _after_first_mlp(self.model, self.tokens)
 
     @torch.no_grad()
@@ -212,7 +213,7 @@ def ov_recall(
     if isinstance(heads, str) or not heads:
         raise InputError(f'heads is {heads!r}: give a list of heads, such as ["5.1", "5.5"].')
     chosen = [head_of(model, name) for name in heads]
-    require(model, ["attention_input", "output_sum", "unembedding"])
+    require(model, ["attention_input", "value_mix", "output_sum", "unembedding"])
     return Memories(model, tokens, embedding, seed).ov(chosen)
 
 
@@ -237,7 +238,7 @@ def key_composition_recall(
     0.02
     """
     pair = head_of(model, head), head_of(model, head_to)
-    require(model, ["attention_input", "output_sum"])
+    require(model, ["attention_input", "value_mix", "output_sum"])
     return Memories(model, tokens, embedding, seed).key_composition(*pair)
 
 
@@ -258,6 +259,18 @@ def _chosen(model: Model, tokens: int | Sequence[int], seed: int) -> Int[Tensor,
     if ids.ndim != 1 or len(ids) < 2 or len(ids.unique()) < len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab:
         raise InputError(f"tokens must be at least 2 different ids from 0 to {vocab - 1}.")
     return ids.to(device)
+
+
+def _in_stream(model: Model, rows: Tensor) -> Tensor:
+    """Embeddings as they stand in the stream: through the norm that some models have on them (BLOOM)."""
+    if rows.shape[-1] != int(model.cfg.d_model):
+        raise Unavailable(f"embeddings have width {rows.shape[-1]} and are projected into the stream", "W_E")
+    norm = getattr(model, "embed_ln", None)
+    if norm is None:
+        return rows
+    gain, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+    kind = "rms" if str(getattr(model.cfg, "normalization_type", "")).startswith("RMS") else "layer"
+    return Norm(kind, float(model.cfg.eps), gain, bias)(rows)
 
 
 def _after_first_mlp(model: Model, tokens: Tensor) -> Float[Tensor, "token d_model"]:

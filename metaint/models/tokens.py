@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import HookAuditError, InputError
+from metaint.models.audit import mistrust_of_mask
 from metaint.models.describe import check_open
 from metaint.models.protocol import Model
 
@@ -44,11 +45,15 @@ def encoded(model: Model, tokens: Tensor | str) -> Tensor:
 
 
 def check_tokens(model: Model, tokens: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor | None]:
-    """Tokens and mask on the model's device, or one sentence on what is wrong with them."""
+    """Tokens and mask on the model's device, or one sentence on what is wrong with them, or the model cannot do."""
     if not isinstance(tokens, Tensor):
         raise InputError(f"tokens is a {type(tokens).__name__}: pass a tensor of ids [batch, position], or a text.")
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise InputError(f"tokens has dtype {tokens.dtype}: token ids are integers.")
+    if tokens.is_complex():
+        raise InputError(f"tokens has dtype {tokens.dtype}: token ids are integers.")
+    if tokens.dtype not in (torch.int32, torch.int64):  # which embeddings take
+        tokens = tokens.long()
     if tokens.ndim == 1:
         tokens = tokens[None]
     if tokens.ndim != 2:
@@ -60,19 +65,39 @@ def check_tokens(model: Model, tokens: Any, attention_mask: Any = None) -> tuple
         raise InputError("tokens has one position: attention needs at least two.")
     if tokens.shape[1] > cfg.n_ctx:
         raise InputError(f"tokens has {tokens.shape[1]} positions, and the model reads at most {cfg.n_ctx}: cut it.")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= cfg.d_vocab:
-        wrong = low if low < 0 else high
-        raise InputError(f"tokens holds id {wrong}, and the model's vocabulary is 0 to {cfg.d_vocab - 1}.")
+    check_ids(tokens, cfg.d_vocab)
     device = next(model.parameters()).device
     if attention_mask is None:
         return tokens.to(device), None
-    mask = torch.as_tensor(attention_mask)
+    try:
+        mask = torch.as_tensor(attention_mask)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"attention_mask is a {type(attention_mask).__name__}: pass a tensor [batch, position] of 0 and 1."
+        ) from None
     if mask.shape != tokens.shape:
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)}, and tokens {tuple(tokens.shape)}: they must be the same."
         )
+    check_mask(mask)
     empty = (~mask.bool().any(-1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"attention_mask hides every position of sequence {empty[0]}: drop that sequence.")
+    if mistrust := mistrust_of_mask(model, mask):
+        raise HookAuditError(mistrust)
     return tokens.to(device), mask.long().to(device)
+
+
+def check_ids(tokens: Tensor, d_vocab: int) -> None:
+    """InputError for an id that is outside the vocabulary."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= d_vocab:
+        wrong = low if low < 0 else high
+        raise InputError(f"tokens holds id {wrong}, and the model's vocabulary is 0 to {d_vocab - 1}.")
+
+
+def check_mask(mask: Tensor) -> None:
+    """InputError for a mask with anything but 0 and 1, of which models and measures would each make their own."""
+    other = mask[(mask != 0) & (mask != 1)]
+    if other.numel():
+        raise InputError(f"attention_mask holds {other[0].item():g}: give 1 for a real token and 0 for padding.")

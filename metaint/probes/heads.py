@@ -1,28 +1,30 @@
 """`HeadProbe`: every head measure in one forward pass, read at `hook_pattern` and folded into `/heads`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 import xarray as xr
-from einops import einsum
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from metaint.errors import ActivationError
-from metaint.measures.attention import Measure, Pairs, resolve, shuffled, targets
+from metaint.measures.attention import Measure, resolve, shuffled, sink_mass, sink_rate
 from metaint.measures.resampling import bootstrap_interval
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
+from metaint.models.protocol import Model
+from metaint.probes.largest_logits import NAMES as LOGITS, ScoreReader, fold_logits, logit_variables
+from metaint.probes.plan import Plan, plans_of
 from metaint.probes.probe import Probe
 from metaint.scans.assemble import shaped
 
 # States that hold a row for each sequence.
 _LISTS = ("sums", "counts", "uniform", "beside_first")
+# Statistics of how much weight there is, and not of how it is spread.
+_OF_WEIGHTS = (sink_mass, sink_rate)
 
 
 class HeadProbe(Probe):
@@ -32,7 +34,13 @@ class HeadProbe(Probe):
     attention sums to on the same tokens; for each kind what was left of the weight beside position 0; mean and
     variance of the shuffled null. Under a sliding window a query counts for the keys that it sees. About 50 kB a
     sequence at 12 x 12 heads. One sequence fed in several passes (generation with a key-value cache) stays one
-    sequence; without a cache each pass reads its rows again.
+    sequence; without a cache each pass reads its rows again. With `max_logit`, also the largest attention logit before
+    the softmax, from queries and keys or else `hook_attn_scores`, whichever is found to make the pattern (NaN where
+    neither does).
+
+    Where a learnt sink takes part of each row (gpt-oss), scores of kinds and `sink_rate` are of the weights as they
+    are, so that a head which mostly looks at its sink scores little; `sink_mass` is the rest; all other statistics are
+    of the row divided by its sum.
 
     >>> import metaint
     >>> from metaint.toys.small import small_transformer
@@ -52,20 +60,44 @@ class HeadProbe(Probe):
     beside_first: list[Float[Tensor, "sequence kind layer head"]]
     null_mean: Float[Tensor, "slot layer head"]
     null_variance: Float[Tensor, "slot layer head"]
+    largest_logit: Float[Tensor, "layer head"]
+    logit_histogram: Float[Tensor, "layer head bin"]
     # Of the pass that is being read.
-    _plans: "dict[int, Plan]"
+    _plans: list[Plan]
 
-    def __init__(self, measures: Iterable[str | Measure] | None = None) -> None:
+    def __init__(self, measures: Iterable[str | Measure] | None = None, *, max_logit: bool = False) -> None:
         super().__init__()
-        self.measures = resolve(measures)
-        self.kinds = [m for m in self.measures if m.form == "kind"]
-        self.statistics = [m for m in self.measures if m.form == "statistic"]
+        self.max_logit = max_logit
+        self._scores: ScoreReader | None = None
+        # What was read of a layer before its pattern, and whether a pass was opened by it.
+        self.held: dict[str, Tensor] = {}
+        self._opened = False
+        self._chosen = resolve(measures)
+        self._all = measures is None
+        self.kinds = [m for m in self._chosen if m.form == "kind"]
         for name in _LISTS:
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("null_mean", "null_variance", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+        if max_logit:
+            self.add_state("largest_logit", torch.tensor(-torch.inf), dist_reduce_fx="max")
+            self.add_state("logit_histogram", torch.zeros(()), dist_reduce_fx="sum")
 
-    @cached_property
+    def prepare(self, model: Model) -> None:
+        self._scores = ScoreReader.of(model) if self.max_logit else None
+        super().prepare(model)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What is read; where heads have learnt sinks and no measures were chosen, `sink_mass` too."""
+        sinks = self._all and self._shape is not None and self._shape.learnt_sinks
+        return (*self._chosen, sink_mass) if sinks else self._chosen
+
+    @property
+    def statistics(self) -> list[Measure]:
+        return [m for m in self.measures if m.form == "statistic"]
+
+    @property
     def slots(self) -> dict[str, slice]:
         """Where each measure's numbers lie along the slot dimension: kinds, then statistics."""
         places, start = {}, 0
@@ -75,46 +107,47 @@ class HeadProbe(Probe):
         return places
 
     @property
+    def context(self) -> Context:
+        """The queries and keys of the pass that is being read."""
+        return self._plans[0].context
+
+    @property
     def n_slots(self) -> int:
         return max((place.stop for place in self.slots.values()), default=0)
 
     def hook_names(self, shape: Shape) -> list[str]:
-        return [f"blocks.{layer}.attn.hook_pattern" for layer in range(shape.n_layers)]
+        parts = [*(self._scores.hooks if self._scores else ()), "hook_pattern"]
+        return [f"blocks.{layer}.attn.{part}" for layer in shape.attending for part in parts]
 
     def update(self, name: str, activation: Float[Tensor, "batch head query key"], watch: InputWatch) -> None:
         """Fold the rows of one layer's pattern into the sums of the sequences they belong to."""
-        if self.opens_pass(name, watch):
+        self._opened |= self.opens_pass(name, watch)
+        _, layer, _, part = name.split(".")
+        if part != "hook_pattern":  # queries, keys or scores, which come before it
+            self.held[part] = activation
+            return
+        if self._opened:
             self._begin(watch, activation)
-        layer = int(name.split(".")[1])
-        plan = self._plans[self._windows[layer]]
+        if self._scores is not None:
+            fold_logits(self, self._scores, int(layer), activation)
+        plan = self._plans[int(layer)]
         # A sliding-window cache holds the last keys alone; the others get no weight.
         missing = plan.context.mask.shape[1] - activation.shape[-1]
         if missing:
             activation = torch.nn.functional.pad(activation, (missing, 0))
-        self._fold(layer, Tile(activation, plan.context), plan)
+        self._fold(int(layer), Tile(activation, plan.context), plan)
 
     def _begin(self, watch: InputWatch, pattern: Tensor) -> None:
         """A forward pass starts: learn its inputs, and make room for its sequences unless they go on."""
+        self._opened = False
         batch, _, queries, keys = pattern.shape
         inputs = watch.resolve(batch, queries, keys, pattern.device)
         positions = torch.arange(inputs.past, inputs.past + queries, device=pattern.device)
         tokens = None if inputs.tokens is None else inputs.tokens.to(pattern.device)
-        length = inputs.mask.shape[1]
-        # A window that the sequence does not fill hides nothing.
-        self._windows = [window if window < length else 0 for window in self._layer_windows()]
-        context = Context(positions, inputs.mask, tokens, self.shape.causal)
-        self._plans = {
-            window: Plan.of(self.kinds, replace(context, window=window)) for window in sorted(set(self._windows))
-        }
+        self._plans = plans_of(self.kinds, Context(positions, inputs.mask, tokens, self.shape.causal), self.shape)
         if inputs.past == 0 or not self.sums:
             self._make_room(batch, pattern.device)
         self.tokens_seen = self.tokens_seen + inputs.mask[:, inputs.past :].sum()
-
-    def _layer_windows(self) -> list[int]:
-        """The sliding window of each layer; that of a bidirectional model reaches both ways, and is not counted."""
-        if not self.shape.causal or not self.shape.windows:
-            return [0] * self.shape.n_layers
-        return list(self.shape.windows)
 
     def _make_room(self, batch: int, device: torch.device) -> None:
         full = torch.float32 if device.type == "mps" else torch.float64
@@ -128,7 +161,7 @@ class HeadProbe(Probe):
             self.null_mean = torch.zeros(kinds, dtype=full, device=device)
             self.null_variance = torch.zeros(kinds, dtype=full, device=device)
 
-    def _fold(self, layer: int, tile: Tile, plan: "Plan") -> None:
+    def _fold(self, layer: int, tile: Tile, plan: Plan) -> None:
         sums, counts, uniform = self.sums[-1], self.counts[-1], self.uniform[-1]
         n_kinds, full = len(self.kinds), sums.dtype
         added, defined = self.row_sums(plan, tile, full)
@@ -136,16 +169,18 @@ class HeadProbe(Probe):
         sums[:, :, layer] += added
         counts[:, :, layer] += defined
         if self.statistics:
-            uniform[:, n_kinds:, layer] += plan.uniform_statistics(self, full)
+            uniform[:, n_kinds:, layer] += plan.uniform_statistics(self._statistics, full)
         if self.kinds:
             uniform[:, :n_kinds, layer] += plan.uniform_kinds.to(full)
-            self.beside_first[-1][:, :, layer] += plan.beside_first(tile).to(full)
-            mean, variance = shuffled(tile, plan.matches)
+            sinks = self._shape is not None and self._shape.learnt_sinks
+            total = tile.pattern.sum(-1) if sinks else 1.0
+            self.beside_first[-1][:, :, layer] += plan.beside_first(tile, total).to(full)
+            mean, variance = shuffled(tile, plan.matches, total)
             self.null_mean[:, layer] += mean.sum(1, dtype=full)
             self.null_variance[:, layer] += variance.sum(1, dtype=full)
 
     def row_sums(
-        self, plan: "Plan", tile: Tile, dtype: torch.dtype
+        self, plan: Plan, tile: Tile, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "batch slot head"], Float[Tensor, "batch slot"]]:
         """What each measure sums to over the queries of each sequence, and for how many of them it is defined."""
         sums, counts = [], []
@@ -162,7 +197,13 @@ class HeadProbe(Probe):
         """Every statistic of every row, 0 where it is not defined, and where it is."""
         batch, heads, queries, _ = tile.pattern.shape
         rows = [torch.empty(0, batch, heads, queries, device=tile.pattern.device)]
-        rows += [measure(tile) if measure.per_tau else measure(tile)[None] for measure in self.statistics]
+        shape = tile
+        if self._shape is not None and self._shape.learnt_sinks:  # rows that sum to less than one
+            total = tile.pattern.sum(-1, keepdim=True)
+            shape = Tile(tile.pattern / total.clamp(min=torch.finfo(total.dtype).tiny), tile.context)
+        for measure in self.statistics:
+            values = measure(tile if measure in _OF_WEIGHTS else shape)
+            rows.append(values if measure.per_tau else values[None])
         values = torch.cat(rows)
         defined = ~values.isnan().any(2) & tile.context.counted
         return values.masked_fill_(~defined[:, :, None], 0), defined
@@ -187,22 +228,23 @@ class HeadProbe(Probe):
             for suffix, value in scores.items():
                 full = value.expand(-1, -1, sums.shape[-1])
                 found[measure.name + suffix] = full if measure.per_tau else full[0]
-        return found
+        return found | logit_variables(self) if self.max_logit else found
 
     def to_dataset(self) -> xr.Dataset:
         variables = self.compute()
         shape = self._shape or Shape(0, 0, True)
         coords: dict[str, Any] = {"layer": range(shape.n_layers), "head": range(shape.n_heads)}
         coords["window"] = ("layer", list(shape.windows) or [0] * shape.n_layers)
+        coords["layer_kind"] = ("layer", list(shape.layer_kinds) or ["attention"] * shape.n_layers)
         if any(value.ndim == 3 for value in variables.values()):
             coords["tau"] = list(TAUS)
         each = ("layer", "head")
         data = xr.Dataset(
             {k: shaped(("tau", *each) if v.ndim == 3 else each, v, coords) for k, v in variables.items()}, coords
         )
-        for measure in self.measures:
-            if measure.name in data:
-                data[measure.name].attrs["description"] = (measure.__doc__ or "").strip().split("\n")[0]
+        words = LOGITS | {each.name: (each.__doc__ or "").strip().split("\n")[0] for each in self.measures}
+        for name in words.keys() & data.keys():
+            data[name].attrs["description"] = words[name]
         sequences = sum(len(block) for block in self.sums)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences)
         return data
@@ -250,59 +292,3 @@ def off_sink(
     """
     low, high = bootstrap_interval(sums, beside)
     return {"_off_sink": sums.sum(0) / beside.sum(0), "_off_sink_low": low, "_off_sink_high": high}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is asked in one forward pass of the layers with one window; it depends on the tokens alone: made once."""
-
-    context: Context
-    pairs: Pairs
-    slot: Int[Tensor, " pair"]
-    matches: Float[Tensor, "kind batch query"]
-
-    @staticmethod
-    def of(kinds: list[Measure], context: Context) -> "Plan":
-        """Look up the targets of each kind; pairs of all kinds are read together."""
-        batch, queries = context.counted.shape
-        device = context.mask.device
-        found = [targets(measure, context) for measure in kinds]
-        empty = tuple(torch.zeros(0, dtype=torch.long, device=device) for _ in range(3))
-        pairs = tuple(torch.cat(parts) for parts in zip(empty, *found, strict=True))
-        slot = [empty[0], *(i * batch + p[0] for i, p in enumerate(found))]
-        matches = torch.zeros(len(kinds), batch * queries, device=device)
-        for i, p in enumerate(found):
-            matches[i].index_add_(0, p[0] * queries + p[1], torch.ones(len(p[0]), device=device))
-        return Plan(context, pairs, torch.cat(slot), matches.view(-1, batch, queries))  # type: ignore[arg-type]
-
-    @cached_property
-    def defined(self) -> Float[Tensor, "batch kind"]:
-        """Queries for which each kind is defined."""
-        return (self.matches > 0).sum(-1).mT
-
-    def beside_first(self, tile: Tile) -> Float[Tensor, "batch kind head"]:
-        """The weight that is not on position 0, summed over the queries for which each kind is defined."""
-        return einsum(
-            (self.matches > 0).float(), 1 - tile.on_first, "kind batch query, batch head query -> batch kind head"
-        )
-
-    @cached_property
-    def uniform_kinds(self) -> Float[Tensor, "batch kind"]:
-        """What uniform attention puts on the targets."""
-        return (self.matches / self.context.n_visible).sum(-1).mT
-
-    def uniform_statistics(self, probe: HeadProbe, dtype: torch.dtype) -> Float[Tensor, "batch slot"]:
-        """What the statistics of uniform attention sum to: computed on a pattern of one uniform head, once."""
-        if "_uniform" not in self.__dict__:
-            values, _ = probe._statistics(Tile(self.context.uniform, self.context))
-            self.__dict__["_uniform"] = values[:, :, 0].sum(-1, dtype=dtype).mT
-        return self.__dict__["_uniform"]
-
-    def weight_on_targets(
-        self, pattern: Float[Tensor, "batch head query key"], dtype: torch.dtype
-    ) -> Float[Tensor, "batch kind head"]:
-        """Weight on the targets of each kind, summed over queries."""
-        batch, query, key = self.pairs
-        out = torch.zeros(len(self.matches) * len(pattern), pattern.shape[1], dtype=dtype, device=pattern.device)
-        out.index_add_(0, self.slot, pattern[batch, :, query, key].to(dtype))
-        return out.view(len(self.matches), len(pattern), -1).transpose(0, 1)

@@ -116,7 +116,9 @@ class MemoryProbe(Probe):
             reads = holds(model, "attention_input")
             if reads:
                 self._read_positions(memories, heads, chances)
-            if reads and holds(model, "output_sum"):
+            linear = holds(model, "output_sum") and holds(model, "value_mix")  # no gate or norm of what heads write
+            narrow = model.W_E.shape[-1] != int(model.cfg.d_model)  # projected into the stream
+            if reads and linear and not narrow:
                 if holds(model, "unembedding"):
                     self._read_outputs(memories, heads, chances)
                 if paired:
@@ -140,7 +142,7 @@ class MemoryProbe(Probe):
                     whole[layer, head] = found.share()
                     chances["previous_position_recall_chance"] = found.chance
             return
-        for layer in range(self.shape.n_layers):
+        for layer in self.shape.attending:
             positions = memories.layer_positions(layer)
             assert positions is not None
             weights = memories.layers[layer]
@@ -159,7 +161,7 @@ class MemoryProbe(Probe):
 
     def _read_outputs(self, memories: Memories, heads: Tensor, chances: dict[str, float]) -> None:
         first, five = (heads[_HEADS.index(name)] for name in ("ov_recall", "ov_recall_top5"))
-        for layer in range(self.shape.n_layers):
+        for layer in self.shape.attending:
             for head in range(self.shape.n_heads):
                 found = memories.ov([(layer, head)])
                 first[layer, head], five[layer, head] = found.share(), found.share(TOP)
@@ -171,8 +173,8 @@ class MemoryProbe(Probe):
         if self.triggers is not None:
             slots.append((Memories(memories.model, self.triggers, self.embedding), [(_PAIRS[2], few, 1)]))
         for reading, wanted in slots:
-            for later in range(self.shape.n_layers):
-                for layer in range(later):
+            for later in self.shape.attending:
+                for layer in (earlier for earlier in self.shape.attending if earlier < later):
                     for i, j, found in reading.key_compositions(layer, later):
                         for name, slot, top in wanted:
                             slot[layer, i, later, j] = found.share(top)

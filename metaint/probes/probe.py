@@ -10,10 +10,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from metaint.errors import HookAuditError, InputError
-from metaint.models.audit import require
+from metaint.models.audit import mistrust_of_mask, require
 from metaint.models.describe import Shape, facts_of, shape_of
 from metaint.models.inputs import InputWatch
 from metaint.models.protocol import Model
+from metaint.models.reading import first_tensor
 from metaint.scans.assemble import assemble
 
 Hook = tuple[str, Callable[..., None]]
@@ -122,6 +123,10 @@ class Probe(Metric):
         self.prepare(model)
         return [(name, self._reader(name, watch)) for name in self.hook_names(self.shape)]
 
+    def module_hooks(self, model: Model) -> list[tuple[Any, Callable[..., Any]]]:
+        """Modules of `model`, each with a forward hook, for what no hook point can carry; most probes need none."""
+        return []
+
     def fwd_hooks(self, model: Model, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> list[Hook]:
         """Hooks for `model.run_with_hooks(tokens, fwd_hooks=probe.fwd_hooks(model))`.
 
@@ -129,6 +134,8 @@ class Probe(Metric):
         be seen from hooks: pass `attention_mask` if there is any. `metaint.attach` learns both by itself.
         """
         watch = InputWatch()
+        if attention_mask is not None and (mistrust := mistrust_of_mask(model, attention_mask)):
+            raise HookAuditError(mistrust)
 
         def begin(activation: Tensor, hook: Any) -> None:
             watch.begin(activation if tokens is None else tokens, attention_mask)
@@ -139,10 +146,17 @@ class Probe(Metric):
                 "tokens is missing, and this model has no hook on its token ids: "
                 "call fwd_hooks(model, tokens), or use metaint.attach."
             )
-        return [(start, begin), *self.hooks(model, watch)]
+        hooks = self.hooks(model, watch)
+        if self.module_hooks(model):
+            raise InputError(
+                f"this model tells of its attention too late for hooks alone to change it: use metaint.attach or "
+                f"metaint.scan for a {type(self).__name__}."
+            )
+        return [(start, begin), *hooks]
 
     def _reader(self, name: str, watch: InputWatch) -> Callable[..., None]:
-        def hook(activation: Tensor, hook: Any) -> None:
+        def hook(activation: Any, hook: Any) -> None:
+            activation = first_tensor(activation)
             with quietly(activation.device.type):
                 self.update(name, activation.detach()[: len(activation) // watch.copies], watch)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import xarray as xr
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
@@ -21,11 +21,12 @@ from metaint.measures import norms, saturation
 from metaint.measures.sharpening import blocks, mix
 from metaint.measures.tile import TAUS, Context
 from metaint.models.audit import holds, require
-from metaint.models.describe import Shape
-from metaint.models.heads import repeat_heads
+from metaint.models.describe import Shape, by_layer
+from metaint.models.heads import OUT_OF_HEADS, by_head, repeat_heads
 from metaint.models.inputs import InputWatch
-from metaint.models.invariants import pattern_of, score_hooks
+from metaint.models.invariants import pattern_of, score_hooks, value_hook, values_of
 from metaint.models.protocol import Model
+from metaint.models.reading import first_tensor
 from metaint.probes.means import Means, as_dataset
 from metaint.probes.probe import Probe, quietly
 from metaint.probes.saturation_rows import HeadRows, compare_logits
@@ -46,8 +47,9 @@ class SaturationProbe(Probe):
 
     Unlike the scaling of all parameters that Merrill et al. 2021 (2010.09697) use (`metaint.saturate`), this changes
     attention alone and means the same in every architecture. Where scores have a soft cap or a bias, both are within
-    the scores that are scaled. With `gap_count`, `gap_odds` and `gap_tied_share`,
-    `measures.saturation.predicted_variation` bounds the distance to saturated at any other kappa.
+    the scores that are scaled; so is a learnt sink (gpt-oss), which counts as a key whose value is zero. With
+    `gap_count`, `gap_odds` and `gap_tied_share`, `measures.saturation.predicted_variation` bounds the distance to
+    saturated at any other kappa.
 
     Raises InputError for passes that are not stacked or continue a cache, HookAuditError for a model whose attention
     can't be changed at `hook_z`, ActivationError for NaN or infinity.
@@ -62,7 +64,7 @@ class SaturationProbe(Probe):
     """
 
     group = "saturation"
-    audits = ("pattern_fires", "pattern_rows", "value_mix", "edit_z")
+    audits = ("pattern_fires", "pattern_rows", "value_mix", "edit_z", "stream")
     reads_logits = True
 
     heads: list[Float[Tensor, "sequence slot layer head"]]
@@ -97,24 +99,48 @@ class SaturationProbe(Probe):
         self._held: dict[str, Tensor] = {}
         self._changed: Tensor | None = None
         self._patterns: Callable[..., Tensor] | None = None
+        self._value_hook = "hook_v"
+        self._values: Callable[[Tensor], Tensor] | None = None
+        # Where the pattern is told after it was used: W_O by layer, and what is added to attention's output instead.
+        self._outputs: dict[int, Tensor] | None = None
+        self._added: Tensor | None = None
 
     def stacked(self, tokens: Tensor) -> Tensor:
         """A batch (or its mask) as this probe needs it: all sequences, then all again for each kappa but 1."""
         return tokens.repeat(self.copies, *[1] * (tokens.ndim - 1))
 
     def prepare(self, model: Model) -> None:
-        self._patterns = None
+        self._patterns = self._outputs = None
         if not holds(model, "pattern_order"):
-            # BERT's bridge tells of the pattern once z is made: it is made here from what makes the scores.
-            require(model, ["pattern_from_scores"])
-            self._patterns = partial(pattern_of, model)
-            self._score_hooks = score_hooks(model)
+            # The bridge tells of the pattern once z is made. It is made here from what makes the scores, where hooks
+            # carry that; else what z would have been is added to the attention's output.
+            if holds(model, "pattern_from_scores"):
+                self._patterns = partial(pattern_of, model)
+                self._score_hooks = score_hooks(model)
+            else:
+                require(model, ["output_sum"])
+                self._outputs = {layer: weight.detach() for layer, weight in by_layer(model, "W_O").items()}
+        self._value_hook, self._values = value_hook(model), partial(values_of, model)
         super().prepare(model)
 
     def hook_names(self, shape: Shape) -> list[str]:
         pattern = ["hook_pattern"] if self._patterns is None else self._score_hooks
-        parts = [*(f"attn.{name}" for name in ("hook_v", *pattern, "hook_z")), "hook_resid_post"]
-        return [f"blocks.{layer}.{part}" for layer in range(shape.n_layers) for part in parts]
+        parts = (self._value_hook, *pattern, "hook_z")
+        names = [f"blocks.{layer}.attn.{part}" for layer in shape.attending for part in parts]
+        return [*names, *(f"blocks.{layer}.hook_resid_post" for layer in range(shape.n_layers))]
+
+    def module_hooks(self, model: Model) -> list[tuple[Any, Callable[..., Any]]]:
+        layers = self._outputs or ()
+        return [(model.blocks[layer].attn, self._add) for layer in layers]
+
+    def _add(self, module: Any, args: tuple, output: Any) -> Any:
+        """The attention's output with what its copies get added."""
+        added, self._added = self._added, None
+        if added is None:
+            return None
+        first = output[0] if isinstance(output, tuple) else output
+        new = torch.cat([first[: len(first) - len(added)], first[-len(added) :] + added.to(first.dtype)])
+        return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def hooks(self, model: Model, watch: InputWatch) -> list[tuple[str, Callable[..., Any]]]:
         watch.stack(self.copies)
@@ -122,7 +148,8 @@ class SaturationProbe(Probe):
         return super().hooks(model, watch)
 
     def _reader(self, name: str, watch: InputWatch) -> Callable[..., Any]:
-        def hook(activation: Tensor, hook: Any) -> Tensor | None:
+        def hook(activation: Any, hook: Any) -> Tensor | None:
+            activation = first_tensor(activation)
             with quietly(activation.device.type):
                 self.update(name, activation.detach(), watch)
             changed, self._changed = self._changed, None
@@ -139,10 +166,18 @@ class SaturationProbe(Probe):
                 "SaturationProbe changes what it compares, so it can't read a cache: use metaint.scan, or "
                 "metaint.attach around model(probe.stacked(tokens))."
             )
+        _, layer, *part = name.split(".")
+        if name.endswith(self._value_hook) and self._values is not None:
+            part, activation = ["hook_v"], self._values(activation)
         if self.opens_pass(name, watch):
             self._begin(activation, watch)
-        _, layer, *part = name.split(".")
-        if part[-1] == "hook_z":
+        if self._outputs is not None and part[-1] == "hook_pattern":
+            value, z = self._held.pop("hook_v"), self._held.pop("hook_z")
+            changed = self._read_attention(int(layer), activation, value, z)
+            if changed is not None:
+                change = (changed - z[-len(changed) :]).to(changed.dtype)
+                self._added = einsum(change, self._outputs[int(layer)].to(change.dtype), OUT_OF_HEADS)
+        elif self._outputs is None and part[-1] == "hook_z":
             value = self._held.pop("hook_v")
             if self._patterns is None:
                 pattern = self._held.pop("hook_pattern")
@@ -186,7 +221,15 @@ class SaturationProbe(Probe):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one pass or one model, which `prepare` and the next pass bring again."""
-        return {**super().__getstate__(), "_patterns": None, "_held": {}, "_changed": None}
+        return {
+            **super().__getstate__(),
+            "_patterns": None,
+            "_outputs": None,
+            "_values": None,
+            "_held": {},
+            "_changed": None,
+            "_added": None,
+        }
 
     # ---- attention ----------------------------------------------------------------------------------------------
 
@@ -196,14 +239,17 @@ class SaturationProbe(Probe):
         dtype = torch.promote_types(pattern.dtype, torch.float32)
         value = repeat_heads(value, pattern.shape[1], 2).to(dtype)
         value = rearrange(value, "sequence key head d_head -> sequence head key d_head")
-        by_head = z.unflatten(-1, (pattern.shape[1], -1)) if z.ndim == 3 else z
+        if self.shape.learnt_sinks:  # a key before all others, which holds nothing
+            pattern = torch.cat([(1 - pattern.sum(-1, keepdim=True)).clamp(min=0), pattern], -1)
+            value = torch.nn.functional.pad(value, (0, 0, 1, 0))
+        heads = by_head(z, self.shape.n_heads)
         for b in range(batch):
-            own = by_head[b].to(dtype)
+            own = heads[b].to(dtype)
             rows = HeadRows.read(pattern[b], value[b], own, self.kappas, self._context.causal, self.tau)
             self._fold_heads(layer, b, rows.at(self._context.counted[b]))
         if not self.edited:
             return None
-        mixed = torch.empty_like(by_head[batch:], dtype=dtype)
+        mixed = torch.empty_like(heads[batch:], dtype=dtype)
         for i in range(len(mixed)):
             kappas = (self.edited[i // batch],)
             for block in blocks(pattern[batch + i], self._context.causal, self.tau):

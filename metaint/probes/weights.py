@@ -15,7 +15,7 @@ from metaint.errors import InputError
 from metaint.measures import growth
 from metaint.measures.composition import composition, composition_chance, read_factor, write_factor
 from metaint.models.audit import holds
-from metaint.models.describe import Shape, weight_processing
+from metaint.models.describe import Shape, by_layer, weight_processing
 from metaint.models.folded import folded_layers
 from metaint.models.heads import repeat_heads
 from metaint.models.parameters import own_parameters, place_of, quantised
@@ -37,9 +37,9 @@ _PAIR_DIMS = ("layer", "head", "layer_to", "head_to")
 MOST_HEADS = 1000
 _AUDITS = {
     "qk": ("weights_query", "weights_key"),
-    "ov": ("weights_value", "output_sum"),
-    "full": ("weights_value", "output_sum", "unembedding"),
-    "pairs": ("attention_input", "output_sum"),
+    "ov": ("weights_value", "value_mix", "output_sum"),
+    "full": ("weights_value", "value_mix", "output_sum", "unembedding"),
+    "pairs": ("attention_input", "value_mix", "output_sum"),
 }
 _STEP = {"step_norm": growth.step_norm, "alignment": growth.alignment, "direction_cosine": growth.direction_cosine}
 
@@ -129,16 +129,16 @@ class WeightProbe(Probe):
         found = torch.full((len(_SCORES), n_layers, n_heads), torch.nan, dtype=torch.float64)
         slots = dict(zip(_SCORES, found, strict=True))
         if self._trusted["qk"]:
-            for layer, (query, key) in enumerate(_by_layer(model, "W_Q", "W_K", n_heads)):
+            for layer, query, key in _by_layer(model, "W_Q", "W_K", n_heads):
                 slots["qk_norm"][layer] = growth.product_norm(query, key.mT)
         if self._trusted["ov"]:
             loop = _loop(model) if self._trusted["full"] else None
-            for layer, (value, output) in enumerate(_by_layer(model, "W_V", "W_O", n_heads)):
+            for layer, value, output in _by_layer(model, "W_V", "W_O", n_heads):
                 slots["ov_norm"][layer] = growth.product_norm(value, output)
                 slots["ov_copying"][layer] = growth.copying_score(value, output)
                 if loop is not None:
                     slots["full_ov_copying"][layer] = growth.copying_score(value, output, loop)
-                if layer == 0:
+                if layer == self.shape.attending[0]:
                     _fill_nulls(slots, value.shape[-2], value.shape[-1], loop)
         return found
 
@@ -149,9 +149,11 @@ class WeightProbe(Probe):
         found = torch.full((len(_PAIRS), n_layers, n_heads, n_layers, n_heads), torch.nan)
         writes = torch.empty(0)
         for layer_to, (query, key, value, output) in enumerate(folded_layers(model) if self._trusted["pairs"] else ()):
+            if layer_to not in self.shape.attending:
+                continue
             write = write_factor(value, output)
-            if layer_to == 0:  # room for what all layers write, of which each later layer then reads a view
-                writes = write.new_empty(n_layers, *write.shape)
+            if len(writes) == 0:  # room for what all layers write, of which each later layer then reads a view
+                writes = write.new_full((n_layers, *write.shape), torch.nan)
             else:
                 reads = [read_factor(query, key.mT), read_factor(key, query.mT), read_factor(value, output)]
                 both = torch.stack(composition(writes[:layer_to].flatten(0, 1), torch.cat(reads)))
@@ -238,11 +240,11 @@ def _place_of(name: str, n_layers: int) -> int:
     return len(PARTS) * n_layers + _OUTSIDE.index(kind)
 
 
-def _by_layer(model: Model, first: str, second: str, n_heads: int) -> Iterator[list[Tensor]]:
-    """Two weights [head, ...] of each layer; grouped key and value heads once for each query head."""
-    stacks = [getattr(model, first), getattr(model, second)]  # a bridge makes these anew at each call
-    for weights in zip(*stacks, strict=True):
-        yield [repeat_heads(weight.detach(), n_heads, 0) for weight in weights]
+def _by_layer(model: Model, first: str, second: str, n_heads: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The layers that attend, each with two weights [head, ...]; grouped heads once for each query head."""
+    one, other = by_layer(model, first), by_layer(model, second)  # a bridge makes these anew at each call
+    for layer, weight in one.items():
+        yield layer, repeat_heads(weight.detach(), n_heads, 0), repeat_heads(other[layer].detach(), n_heads, 0)
 
 
 def _loop(model: Model) -> Tensor | None:

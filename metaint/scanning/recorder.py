@@ -28,6 +28,7 @@ from metaint.probes.probe import Probe
 from metaint.scanning.given import given_inputs, whole
 from metaint.scanning.record_store import append, create, layout_of, trim, with_step, writing
 from metaint.scanning.scan import chosen_probes, scan
+from metaint.scans.checksums import TABLE
 from metaint.scans.recordings import groups_of, root_of
 
 # What must be the same to go on with a recording; the device and the versions may change.
@@ -201,7 +202,7 @@ class Recorder:
                     f"path is {self._path}, a recording with {name} {stored.get(name)!r}, and this recorder has "
                     f"{here[name]!r}: resume with the same model, tokens and probes, or give another path."
                 )
-        groups = groups_of(self._path, stored["records"])
+        groups = groups_of(self._path, stored["records"], stored.get(TABLE))
         self._layout, self._steps = layout_of(groups), groups["training"]["step"].values.tolist()
         trim(self._path, len(self._steps))
 

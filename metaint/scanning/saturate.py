@@ -74,8 +74,7 @@ def saturate(
 
     Read it with care: through a norm before each sublayer, as in GPT-2 and Llama, embeddings grow as c and sublayers
     as c³ or c⁵, so that at large c the embedding is gone and similarity measures that as much as saturation. The
-    paper's models have the norm on a sublayer's output. Its c is 1000; 1024 is as good, and being a power of two needs
-    no copy of the parameters.
+    paper's models have the norm on a sublayer's output. Its c is 1000; 1024 is as good.
 
     Raises InputError for scales or weights (folded, quantised, half precision) that can't be swept, ActivationError,
     naming the hook and c, where a scaled model overflows, HookAuditError for unusable hooks.

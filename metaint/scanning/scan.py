@@ -1,7 +1,7 @@
 """Reading a model: in one call (`scan`), inside the owner's own passes (`attach`), or from a cache (`read_cache`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import xarray as xr
@@ -11,8 +11,10 @@ from tqdm.auto import tqdm
 
 from metaint.errors import InputError
 from metaint.models.inputs import InputWatch, watching
+from metaint.models.parameters import check_finite
 from metaint.models.protocol import Model
 from metaint.models.reading import steady
+from metaint.models.tokens import check_tokens
 from metaint.probes.heads import HeadProbe
 from metaint.probes.probe import Probe, quietly
 from metaint.probes.recurrence import RecurrenceProbe
@@ -47,12 +49,18 @@ def _attached(model: Model, probes: Sequence[Probe], private: bool) -> Iterator[
     """`private`: nobody else wants the logits of these passes, so they are made where probes look at them."""
     if not probes:
         raise InputError("probes is empty: pass one, such as metaint.HeadProbe().")
+    if len({id(probe) for probe in probes}) < len(probes):
+        raise InputError("probes holds the same probe twice, which would count every sequence twice: pass it once.")
     for probe in probes:  # before anything watches: the audit runs passes of its own
         probe.prepare(model)
+    if any(probe.group == "memory" for probe in probes):  # a recall is a rank, which NaN would pass for
+        check_finite(model)
     for probe in probes:
         probe.read_weights(model)
-    with watching(model) as watch:
+    with watching(model) as watch, ExitStack() as stack:
         watch.private = private
+        for module, hook in (pair for probe in probes for pair in probe.module_hooks(model)):
+            stack.callback(module.register_forward_hook(hook).remove)
         hooks = [hook for probe in probes for hook in probe.hooks(model, watch)]
         with model.hooks(fwd_hooks=hooks):
             yield
@@ -114,6 +122,12 @@ def chosen_probes(probes: Sequence[Probe] | None) -> list[Probe]:
             "probes holds a RecurrenceProbe, which compares with sequences whose matrix is known: use "
             "metaint.recur(model, vectors, matrices), which makes its own."
         )
+    groups = [probe.group for probe in chosen]
+    for group in groups:
+        if groups.count(group) > 1:
+            raise InputError(
+                f"probes holds {groups.count(group)} probes of /{group}, and a scan holds one: choose one."
+            )
     return chosen
 
 
@@ -151,8 +165,8 @@ def read_cache(
     watch = InputWatch()
     if tokens is None and "embed.hook_in" in cache:
         tokens = cache["embed.hook_in"]
-    if tokens is not None and tokens.ndim == 1:
-        tokens = tokens[None]
+    if tokens is not None:
+        tokens, attention_mask = check_tokens(cache.model, tokens, attention_mask)
     watch.begin(tokens, attention_mask)
     for probe in probes:
         probe.prepare(cache.model)

@@ -22,6 +22,7 @@ class Group:
 
 GROUPS = (
     Group("heads", "HeadProbe", None),
+    Group("outputs", "OutputProbe", "output_share"),
     Group("residual", "ResidualProbe", "norm_geometric"),
     Group("inner", "InnerProbe", "gradient_norm"),
     Group("saturation", "SaturationProbe", "similarity"),

@@ -130,7 +130,11 @@ def label_heads(
         borderline = case.borderline(threshold)
         for i, j in np.argwhere(enough):
             rows.append({**_row(i, j, label, case, on_first), "borderline": bool(borderline[i, j])})
-    rows += [{**_row(i, j, "none", None, on_first), "borderline": False} for i, j in np.argwhere(~earned)]
+    read = np.ones(len(earned), dtype=bool)  # layers that don't attend have no heads to name
+    if "layer_kind" in heads.coords:
+        read = heads["layer_kind"].values == "attention"
+    for i, j in np.argwhere(~earned & read[:, None]):
+        rows.append({**_row(i, j, "none", None, on_first), "borderline": False})
     table = pd.DataFrame(rows, columns=COLUMNS)
     table = table.sort_values(["layer", "index", "margin"], ascending=[True, True, False], ignore_index=True)
     table.attrs["not_judged"] = not_judged(heads)

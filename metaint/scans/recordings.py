@@ -6,6 +6,7 @@ there, and why a kill does them no harm, is in `scanning/record_store.py`.
 
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import xarray as xr
 from xarray.backends import ZarrStore
 
 from metaint.errors import StoreError
+from metaint.scans.checksums import TABLE, Table, root_metadata, verify
 
 
 def read_recording(path: str | Path) -> xr.DataTree:
@@ -32,7 +34,7 @@ def read_recording(path: str | Path) -> xr.DataTree:
     ([3.0, 2.0], 2)
     """
     attributes = root_of(Path(path))["attributes"]
-    groups = groups_of(Path(path), attributes["records"])
+    groups = groups_of(Path(path), attributes["records"], attributes.pop(TABLE, None))
     for name, data in groups.items():
         first = data.isel(step=0, drop=True).variables
         still = [n for n in first if n in data.coords and first[n].broadcast_equals(data.variables[n])]
@@ -44,17 +46,30 @@ def root_of(path: Path) -> dict[str, Any]:
     """The root's metadata, with the count of records; StoreError if it is no recording's."""
     if not path.exists():
         raise StoreError(f"{path} does not exist: give the folder that a Recorder wrote.")
-    try:
-        root = json.loads((path / "zarr.json").read_text())
-        if isinstance(root["attributes"]["records"], int):
-            return root
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    root: dict[str, Any] = {}
+    with suppress(OSError):
+        root = root_metadata(path)
+    if isinstance(root.get("attributes", {}).get("records"), int):
+        return root
     raise StoreError(f"{path} is not a recording, or a damaged one: give the folder that a Recorder wrote.")
 
 
-def groups_of(path: Path, records: int) -> dict[str, xr.Dataset]:
-    """Every group with its first `records` rows, however long a kill left its arrays."""
+def is_recording(path: Path) -> bool:
+    """Whether a store is a recording, and not a scan or a recording that was saved as one: its rows are plain bytes."""
+    if not isinstance(root_metadata(path)["attributes"].get("records"), int):
+        return False
+    try:
+        steps = json.loads((path / "training/step/zarr.json").read_bytes())
+        return steps.get("dimension_names") == ["step"] and [codec["name"] for codec in steps["codecs"]] == ["bytes"]
+    except FileNotFoundError:
+        return (path / "training/step").is_dir()
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # damaged, which reading it tells
+
+
+def groups_of(path: Path, records: int, table: Table | None) -> dict[str, xr.Dataset]:
+    """Every group with its first `records` rows, however long a kill left its arrays, verified by the checksums."""
+    verify(path, table, records if is_recording(path) else None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,16 +1,19 @@
-"""Scans on disk: one Zarr folder each, written aside and renamed, so that an earlier result is never harmed."""
+"""Scans on disk: one Zarr folder each, whole or not there, with checksums that `load` verifies."""
 
-import os
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from metaint.errors import StoreError
-from metaint.scans.recordings import read_recording
+from metaint.scans.checksums import TABLE, root_metadata, seal, verify
+from metaint.scans.recordings import is_recording, read_recording
+from metaint.scans.whole import restore, whole_folder
+
+# Chunks have a checksum of their own, too, by which any reader of Zarr tells wrong bytes.
+_ENCODING: Any = {"compressors": [ZstdCodec(level=0), Crc32cCodec()]}
 
 
 def save(scan: xr.DataTree, path: str | Path) -> Path:
@@ -30,34 +33,19 @@ def save(scan: xr.DataTree, path: str | Path) -> Path:
         raise StoreError(f"{path} exists and is not a Zarr store: choose another name for the scan.")
     with whole_folder(path, "the scan") as aside, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Zarr 3 warns that consolidated metadata is not yet in its standard
-        scan.to_zarr(aside, mode="w", consolidated=False)
+        groups = {
+            node.path: dict.fromkeys(node.to_dataset(inherit=False).variables, _ENCODING) for node in scan.subtree
+        }
+        scan.to_zarr(aside, mode="w", consolidated=False, zarr_format=3, encoding=groups)
+        seal(aside)
     return path
-
-
-@contextmanager
-def whole_folder(path: Path, what: str) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `path` once it is whole; StoreError, which names `what`."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        if path.exists():
-            path.rename(old)
-        aside.rename(path)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise StoreError(f"{what} could not be written to {path} ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: str | Path) -> xr.DataTree:
     """Read a scan into memory, or the whole records of a recording, finished or not (`metaint.read_recording`).
 
-    Raises StoreError if the path is missing or neither.
+    Raises StoreError if the path is missing or neither, and, naming the file, where one is lost or damaged. A store
+    that others wrote has no checksums and is taken as it is.
 
     >>> import metaint, tempfile, torch
     >>> from metaint.toys.small import small_transformer
@@ -67,17 +55,16 @@ def load(path: str | Path) -> xr.DataTree:
     True
     """
     path = Path(path)
+    restore(path)
     if not path.exists():
         raise StoreError(f"{path} does not exist: give the folder that save or --out wrote.")
     if not _is_store(path):
         raise StoreError(f"{path} is not a Zarr store: give the folder that save or --out wrote.")
-    try:
-        return read_recording(path)
-    except StoreError:  # no recording, or one of its steps that was saved as a scan and remembers where it comes from
-        return _read_scan(path)
+    return read_recording(path) if is_recording(path) else _read_scan(path)
 
 
 def _read_scan(path: Path) -> xr.DataTree:
+    verify(path, root_metadata(path)["attributes"].get(TABLE))
     try:
         with xr.open_datatree(path, engine="zarr", consolidated=False) as tree:
             scan = tree.load()
@@ -85,19 +72,8 @@ def _read_scan(path: Path) -> xr.DataTree:
         raise StoreError(f"{path} is damaged or half written ({type(error).__name__}): scan again.") from error
     if not scan.children:
         raise StoreError(f"{path} holds no group of a scan: it was not written by metaint, or only in part.")
+    scan.attrs.pop(TABLE, None)
     return scan
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that an earlier one stays until the new one is whole; or StoreError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path} could not be written ({error.strerror or error}).") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _is_store(path: Path) -> bool:

@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from metaint.shell.common import Checkpoint, Device, Dtype, Model, Revision, check, check_page, console, open_model
+from metaint.shell.common import (
+    MOST_LENGTH,
+    MOST_TOKENS,
+    Checkpoint,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    check,
+    check_page,
+    check_place,
+    check_range,
+    check_seed,
+    console,
+    open_model,
+)
 
 
 def trace(
@@ -31,7 +46,11 @@ def trace(
     """Trace MODEL's circuit for TARGET: ablate every head and path, and test what is found against random circuits."""
     check_page(figures)
     check(out is None or out.suffix in (".graphml", ".json"), f"--out is {out}: end it in .graphml or .json.")
-    check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
+    check_range("--tokens", tokens, 1, MOST_TOKENS)
+    check_range("--length", length, 2, MOST_LENGTH)
+    check_range("--random", random, 0, 100_000)
+    check_seed(seed)
+    check_place(out)
     from metaint.tasks import read_text
 
     prose = read_text(text) if text is not None else None

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from metaint.models.protocol import Model
-from metaint.shell.common import check, console, open_model
+from metaint.shell.common import check, check_place, console, open_model, reading
 
 _FORMATS = ("csv", "parquet", "headvis")
 
@@ -26,8 +26,11 @@ def report(
     check(text is None or model is not None, f"--text is {text}: patterns on it need --model.")
     import metaint
 
+    check_place(out)
     loaded = metaint.load(scan)
-    console().print(f"saved to {metaint.report(loaded, out, _views(loaded, circuit, model, text))}")
+    views = _views(loaded, circuit, model, text)
+    with reading(scan, "scan"):
+        console().print(f"saved to {metaint.report(loaded, out, views)}")
 
 
 def _views(scan: Any, circuit: Path | None, name: str | None, text: Path | None) -> dict[str, Any]:
@@ -37,14 +40,21 @@ def _views(scan: Any, circuit: Path | None, name: str | None, text: Path | None)
 
     graph = None if circuit is None else metaint.load_circuit(circuit)
     if name is None:
-        return {} if graph is None else {"Circuit": metaint.show_circuit(graph)}
+        return {} if graph is None or circuit is None else {"Circuit": _drawn(graph, circuit)}
     model = open_model(name, scan.attrs.get("revision") or None, None, None, "float32")
     tokens = _shown(model, text)
-    if graph is not None:
-        return {"Circuit": metaint.show_circuit(graph, model, tokens)}
+    if graph is not None and circuit is not None:
+        return {"Circuit": _drawn(graph, circuit, model, tokens)}
     heads = labelled_heads(scan)
     check(bool(heads), f"--model is {name}, and {scan.attrs.get('model', 'the scan')} has no labelled head to show.")
     return {"Attention of labelled heads": metaint.show_attention(model, tokens, heads, how="canvas")}
+
+
+def _drawn(graph: Any, path: Path, *read: Any) -> Any:
+    import metaint
+
+    with reading(path, "circuit"):
+        return metaint.show_circuit(graph, *read)
 
 
 def _shown(model: Model, text: Path | None) -> Any:
@@ -76,11 +86,13 @@ def export(
     check(not out.is_file(), f"--out is {out}, which is a file: name a folder.")
     import metaint
 
+    check_place(out)
     scan = metaint.load(source)
-    if form == "headvis":
-        console().print(f"saved to {metaint.save_headvis(scan, out)}: serve it as the data folder of HeadVis")
-        return
-    paths = metaint.save_tables(scan, out, form)
+    with reading(source, "scan"):
+        if form == "headvis":
+            console().print(f"saved to {metaint.save_headvis(scan, out)}: serve it as the data folder of HeadVis")
+            return
+        paths = metaint.save_tables(scan, out, form)
     console().print(f"saved {len(paths)} tables to {out}: {', '.join(path.stem for path in paths)}")
 
 
@@ -89,4 +101,7 @@ def _export_circuit(source: Path, out: Path, form: str | None) -> None:
     check(out.suffix == ".json", f"--out is {out}: give it a name that ends in .json.")
     import metaint
 
-    console().print(f"saved to {metaint.save_circuit(metaint.load_circuit(source), out)}")
+    check_place(out)
+    graph = metaint.load_circuit(source)
+    with reading(source, "circuit"):
+        console().print(f"saved to {metaint.save_circuit(graph, out)}")

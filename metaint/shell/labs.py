@@ -7,7 +7,24 @@ from typing import Annotated
 import typer
 
 from metaint.errors import InputError, ModelError
-from metaint.shell.common import Checkpoint, Device, Dtype, Revision, check, console, open_model
+from metaint.shell.common import (
+    MOST_LENGTH,
+    Checkpoint,
+    Device,
+    Dtype,
+    Revision,
+    check,
+    check_place,
+    check_range,
+    check_seed,
+    console,
+    open_model,
+)
+
+# Larger ones are slips: building the models alone would take minutes, without a word.
+_MOST_LAYERS, _MOST_WIDTH, _MOST_STEPS = 24, 8192, 100_000_000
+# Seeds of a run are joined with its steps in 64 bits.
+_LARGEST_SEED = 2**31 - 1
 
 lab = typer.Typer(help="A paper as an experiment on a model.", no_args_is_help=True)
 
@@ -29,9 +46,11 @@ def inner(
     out: Annotated[Path, typer.Option(help="Folder for figures, verdicts and scans.")] = Path("inner-lab"),
 ) -> None:
     """Does MODEL look like an inner optimisation? Beside its random initialisation and shuffled tokens."""
-    check(windows >= 2, f"--windows is {windows}: at least 2 sequences tell an interval.")
-    check(positions >= 1, f"--positions is {positions}: it must be at least 1.")
-    check(length >= 3, f"--length is {length}: it must be at least 3.")
+    check_range("--windows", windows, 2, 100_000)
+    check_range("--length", length, 3, MOST_LENGTH)
+    check_range("--positions", positions, 1, MOST_LENGTH)
+    check_seed(seed)
+    check_place(out)
     check(not out.exists() or out.is_dir(), f"--out is {out}, which is a file: name a folder.")
     from metaint.tasks import python_prose, read_text
 
@@ -73,6 +92,10 @@ def norm_growth(
     out: Annotated[Path, typer.Option(help="Folder for runs, figures and tables.")] = Path("norm-growth-lab"),
 ) -> None:
     """Do parameters grow in training, and does attention saturate with them? Trains small models on text; resumable."""
+    check_range("--minutes", minutes, 0, 10_000)
+    check_range("--steps", steps, 1, _MOST_STEPS)
+    check_seed(seed)
+    check_place(out)
     rates, decays = _numbers("--learning-rates", learning_rates), _numbers("--weight-decays", weight_decays)
     from metaint.labs.norm_growth.study import run
     from metaint.tasks import read_text
@@ -117,10 +140,10 @@ def birth(
     """Watch an induction head being born, memory by memory. Trains small transformers in-context bigrams; resumable."""
     check(not out.exists() or out.is_dir(), f"--out is {out}, which is a file: name a folder.")
     given = {"steps": steps, "length": length, "batch": batch}
-    counts, depths, drawn = (
-        _integers(option, value)
-        for option, value in (("--trigger-counts", trigger_counts), ("--layers", layers), ("--seeds", seeds))
-    )
+    _check_training(steps, length, batch, width, jobs)
+    check_place(out)
+    counts = _integers("--trigger-counts", trigger_counts, 0, MOST_LENGTH)
+    depths, drawn = _integers("--layers", layers, 1, _MOST_LAYERS), _integers("--seeds", seeds, 0, _LARGEST_SEED)
     from metaint.labs.birth.study import QUICK, run, runs
     from metaint.tasks import read_text
 
@@ -163,11 +186,12 @@ def autoregression(
     """Do small transformers reach the optimum predicted for s_{t+1} = W s_t in context? Trains them; resumable."""
     check(not out.exists() or out.is_dir(), f"--out is {out}, which is a file: name a folder.")
     check(not (quick and full), "--quick and --full were both given: choose one.")
-    counts, depths = (
-        _integers(option, value) if value else None for option, value in (("--heads", heads), ("--layers", layers))
-    )
+    _check_training(steps, length, batch, width, jobs)
+    check_place(out)
+    counts = _integers("--heads", heads, 1, _MOST_WIDTH) if heads else None
+    depths = _integers("--layers", layers, 1, _MOST_LAYERS) if layers else None
     given = {"d": width, "length": length, "steps": steps, "batch": batch}
-    seeded = _integers("--seeds", seeds)
+    seeded = _integers("--seeds", seeds, 0, _LARGEST_SEED)
     from metaint.labs.autoregression.study import run, runs
 
     size = "quick" if quick else "full" if full else "default"
@@ -175,11 +199,25 @@ def autoregression(
     run(console(), out / setting, settings, jobs=jobs, progress=sys.stderr.isatty())
 
 
-def _integers(option: str, given: str) -> list[int]:
+def _check_training(steps: int | None, length: int | None, batch: int | None, width: int | None, jobs: int) -> None:
+    for option, value, most in (
+        ("--steps", steps, _MOST_STEPS),
+        ("--length", length, MOST_LENGTH),
+        ("--batch", batch, MOST_LENGTH),
+        ("--width", width, _MOST_WIDTH),
+    ):
+        check_range(option, value, 1, most)
+    check_range("--jobs", jobs, 0, 1024)
+
+
+def _integers(option: str, given: str, least: int, most: int) -> list[int]:
     try:
-        return [int(part) for part in given.split(",")]
+        values = [int(part) for part in given.split(",")]
     except ValueError:
-        raise InputError(f"{option} is {given!r}: join whole numbers by commas, such as 0,1.") from None
+        raise InputError(f"{option} is {given[:80]!r}: join whole numbers by commas, such as 0,1.") from None
+    for value in values:
+        check_range(option, value, least, most)
+    return values
 
 
 def _names(given: str) -> list[str]:

@@ -11,6 +11,8 @@ from metaint.errors import InputError, MetaintError
 from metaint.scans.groups import BY_NAME, SCANNED
 from metaint.shell.circuits import trace
 from metaint.shell.common import (
+    MOST_LENGTH,
+    MOST_TOKENS,
     Checkpoint,
     Device,
     Dtype,
@@ -18,6 +20,9 @@ from metaint.shell.common import (
     Revision,
     check,
     check_page,
+    check_place,
+    check_range,
+    check_seed,
     console,
     open_model,
     quieten,
@@ -42,6 +47,9 @@ def main() -> None:
         app()
     except MetaintError as error:
         print(f"metaint: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of the user's own paths, or of a disk
+        print(f"metaint: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -79,8 +87,11 @@ def scan(
     check("heads" in chosen or (sort is None and top is None), "--sort and --top are for heads: add it to --probes.")
     check(text is None or repeat is None, "--text and --repeat were both given: choose one input.")
     check(not (as_json and as_csv), "--json and --csv were both given: choose one format.")
-    check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
+    _check_sizes(tokens, length, batch_size, seed)
     check(repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated.")
+    check_range("--repeat", repeat, 2, MOST_LENGTH)
+    check_range("--top", top, 0)
+    check_place(out)
     check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     from metaint.tasks import read_text
     from metaint.views.groups.head_tables import SCORES
@@ -141,7 +152,8 @@ def saturate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What becomes of MODEL as all its parameters are multiplied; of its scores alone: scan --probes saturation."""
-    check(tokens >= 1, f"--tokens is {tokens}: it must be at least 1.")
+    _check_sizes(tokens, length, batch_size, seed)
+    check_place(out)
     check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     check_page(figures)
     factors = _factors(scales)
@@ -168,6 +180,14 @@ def saturate(
     for path in (out, figures):
         if path is not None:
             console().print(f"saved to {path}")
+
+
+def _check_sizes(tokens: int, length: int, batch_size: int, seed: int) -> None:
+    """What is read, and how."""
+    check_range("--tokens", tokens, 1, MOST_TOKENS)
+    check_range("--length", length, 1, MOST_LENGTH)
+    check_range("--batch-size", batch_size, 1, MOST_TOKENS)
+    check_seed(seed)
 
 
 def _factors(given: str | None) -> tuple[float, ...]:
@@ -213,6 +233,9 @@ def demo(
     """Watch an induction head appear in a toy, then see the heads of a real language model."""
     check(out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     check_page(page, "--report")
+    check_place(out)
+    check(not out.exists() or (out / "zarr.json").is_file(), f"--out is {out}, which is no scan: choose another name.")
+    check_seed(seed)
     from metaint.tasks import python_prose, read_text
 
     prose = read_text(text) if text is not None else python_prose()
@@ -233,12 +256,13 @@ def _probe_names(given: str) -> list[str]:
 def _as_text(result: Any, chosen: list[str], as_json: bool) -> str:
     """A scan for machines: JSON of every group, or the table of the one group as CSV."""
     from metaint.views.export.scan_json import scan_json
+    from metaint.views.export.tables import csv_safe
     from metaint.views.groups.catalogue import VIEWS
 
     if as_json:
         return scan_json(result)
     frame = next(iter(VIEWS[chosen[0]].frames.values()))
-    return frame(result).to_csv(index=False).rstrip("\n")
+    return csv_safe(frame(result)).to_csv(index=False).rstrip("\n")
 
 
 def _keep(result: Any, out: Path | None, figures: Path | None) -> None:

@@ -5,7 +5,7 @@ is new in every sequence: a model can only predict it by remembering what follow
 induction head does. In: a text, a row of token ids, or counts, which give the chain. Out: tokens, and which
 positions can be predicted in context.
 
-Source: transformer-birth `ihead_data.py`, `data/prepare.py` (the data as coded there, vectorised here).
+Source: transformer-birth `ihead_data.py`, `data/prepare.py` (the data as coded there, vectorised in `bigram_draws.py`).
 """
 
 from collections.abc import Sequence
@@ -15,22 +15,15 @@ from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaint.errors import InputError
+from metaint.tasks.bigram_draws import LARGEST, Draws, draws_of, uniform_numbers
 from metaint.tasks.text import fold_prose, python_prose
 
-_UNITS = 1 << 40
-"""What a distribution is cut into: whole numbers, so that no draw is rounded onto a token of probability 0."""
-_LARGEST = (1 << 23) - 2
-"""The largest vocabulary: its rows of `_UNITS`, and two more, fit into int64."""
 _DENSE = 16_384
 """The largest vocabulary whose bigram matrix is built (2 GiB)."""
-_GUIDE = 1 << 20
-"""How many parts all rows are cut into at most, to look up ids by."""
-_BUDGET = 1 << 23
-"""How many sequences times different triggers are walked at once (64 MiB)."""
 
 
 class BigramSample(NamedTuple):
@@ -58,27 +51,6 @@ class TriggerOptions(TypedDict, total=False):
     outputs: Literal["all", "train", "test"]
 
 
-class _Cells(NamedTuple):
-    """Distributions over ids, one row after the other: row r covers the whole numbers from r * _UNITS on, and each of
-    its ids those from `low` to below `end`, at least one. Arrays [cell]; `key` is the row times vocab, plus the id."""
-
-    key: np.ndarray
-    id: np.ndarray
-    low: np.ndarray
-    end: np.ndarray
-    guide: np.ndarray
-    """Each row in equal parts: the id that covers the whole part, or -1."""
-    shift: int
-    """A part has 2 to this power."""
-
-    def at(self, places: np.ndarray) -> np.ndarray:
-        """The ids that cover these places; most by the guide, which is faster than to search."""
-        ids = self.guide.take(places >> self.shift)
-        shared = (ids < 0).nonzero()
-        ids[shared] = self.id.take(self.end.searchsorted(places[shared], "right"))
-        return ids
-
-
 @dataclass(frozen=True, eq=False)
 class BigramTask:
     """The chain, in float64, and how triggers and outputs are chosen. Made by `from_text`, `from_tokens` or
@@ -99,19 +71,19 @@ class BigramTask:
     outputs: Literal["all", "train", "test"] = "all"
 
     def __post_init__(self) -> None:
-        found = len(self._occurring)
+        occurring = len(self._occurring)
         unit = "characters" if all(len(word) == 1 for word in self.vocabulary) else "tokens"
         if self.triggers not in ("fixed", "random"):
             raise InputError(f"triggers is {self.triggers!r}: give 'fixed' or 'random'.")
         if self.outputs not in ("all", "train", "test"):
             raise InputError(f"outputs is {self.outputs!r}: give 'all', 'train' or 'test'.")
-        if not 1 <= self.trigger_count <= found:
+        if not 1 <= self.trigger_count <= occurring:
             raise InputError(
-                f"trigger_count is {self.trigger_count}: give 1 to {found}, the number of different {unit}."
+                f"trigger_count is {self.trigger_count}: give 1 to {occurring}, the number of different {unit}."
             )
-        if not 0 <= self.offset <= found - self.trigger_count:
+        if not 0 <= self.offset <= occurring - self.trigger_count:
             raise InputError(
-                f"offset is {self.offset}: give 0 to {found - self.trigger_count}, "
+                f"offset is {self.offset}: give 0 to {occurring - self.trigger_count}, "
                 f"so that {self.trigger_count} triggers remain below it in the ranking."
             )
         if self.offset and self.triggers == "random":
@@ -124,7 +96,7 @@ class BigramTask:
             )
         if len(self._pool) < 1 + self.no_repeat:
             raise InputError(
-                f"outputs is {self.outputs!r}, which leaves {len(self._pool)} of {found} {unit} "
+                f"outputs is {self.outputs!r}, which leaves {len(self._pool)} of {occurring} {unit} "
                 f"as outputs: give a text with more different {unit}."
             )
 
@@ -146,8 +118,8 @@ class BigramTask:
         Raises InputError for a text with fewer than two different characters, and for options out of range.
         """
         if not isinstance(text, str) or len(set(text)) < 2:
-            found = f"a text of {len(text)} characters" if isinstance(text, str) else f"a {type(text).__name__}"
-            raise InputError(f"text is {found}: give a string with at least two different characters.")
+            kind = f"a text of {len(text)} characters" if isinstance(text, str) else f"a {type(text).__name__}"
+            raise InputError(f"text is {kind}: give a string with at least two different characters.")
         vocabulary = sorted(set(text))
         rank = {ord(character): index for index, character in enumerate(vocabulary)}
         codes = np.frombuffer(text.translate(rank).encode("utf-32-le", "surrogatepass"), "<u4")
@@ -196,8 +168,8 @@ class BigramTask:
             shapes = f"{tuple(unigram.shape)} and {tuple(bigram.shape)}"
             raise InputError(f"unigram and bigram have shapes {shapes}: give [vocab] and [vocab, vocab].")
         vocab = len(unigram)
-        if vocab > _LARGEST:
-            raise InputError(f"unigram has {vocab} ids: give at most {_LARGEST}.")
+        if vocab > LARGEST:
+            raise InputError(f"unigram has {vocab} ids: give at most {LARGEST}.")
         if vocabulary is not None and len(vocabulary) != vocab:
             raise InputError(f"vocabulary has {len(vocabulary)} entries: give {vocab}, one for each id.")
         sparse = bigram.detach().cpu().to_sparse().coalesce()
@@ -241,7 +213,8 @@ class BigramTask:
     def bigram_entropy(self) -> float:
         """Of a token given the one before, in nats: the mean over `unigram` of the entropy of its row."""
         followed = -(self.unigram[self.pairs[0]] * torch.xlogy(self.weights, self.weights)).sum()
-        return float(followed + self.unigram[~self._followed].sum() * self.unigram_entropy)
+        without_row = torch.ones(self.vocab, dtype=torch.bool).index_fill(0, self.pairs[0], False)
+        return float(followed + self.unigram[without_row].sum() * self.unigram_entropy)
 
     @cached_property
     def fixed_triggers(self) -> Int[Tensor, "trigger"]:
@@ -267,71 +240,14 @@ class BigramTask:
             if value < 1:
                 raise InputError(f"{name} is {value}: give at least 1.")
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-        triggers = self._draw_triggers(batch, generator)
-        outputs = self._draw_outputs(triggers, _uniform(batch, self.trigger_count, generator))
-        uniform = _uniform(batch, length + 1, generator)
-        rows = max(1, _BUDGET // len(np.unique(triggers)))
-        tokens, outs = (torch.empty(batch, count, dtype=torch.long) for count in (length + 1, length))
-        for begin in range(0, batch, rows):
-            part = slice(begin, begin + rows)
-            tokens[part], outs[part] = self._walk(triggers[part], outputs[part], uniform[part])
-        return BigramSample(*(torch.as_tensor(part).to(device) for part in (tokens, outs, triggers, outputs)))
-
-    # NumPy from here on: on a few hundred numbers its calls cost a third of torch's, and never wait for threads.
-
-    def _draw_triggers(self, batch: int, generator: torch.Generator) -> np.ndarray:
-        """Ids [batch, trigger]; random ones by what the shares of those drawn before leave."""
         if self.triggers == "fixed":
-            return np.tile(self.fixed_triggers.numpy(), (batch, 1))
-        ids = self._occurring.numpy()
-        low, size = self._stretch(np.full_like(ids, self.vocab), ids)
-        drawn = np.empty((batch, 0), np.int64)
-        for draw in _uniform(batch, self.trigger_count, generator).T:
-            taken = np.sort(drawn, 1)
-            place = _place(draw, low[taken], size[taken])
-            drawn = np.concatenate([drawn, low.searchsorted(place, "right")[:, None] - 1], 1)
-        return ids[drawn]
-
-    def _draw_outputs(self, triggers: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """Ids of the shape of `triggers`, from their own rows or from the pool."""
-        row = self._row_of[triggers] if self.bigram_outputs else np.full_like(triggers, self.vocab + 1)
-        place = (uniform * _UNITS).astype(np.int64)
-        if self.no_repeat:
-            # A token that is only ever followed by itself has no other bigram output: any will do.
-            row = np.where(self._stretch(row, triggers)[1] < _UNITS, row, self.vocab + 1)
-            low, size = self._stretch(row, triggers)
-            place = _place(uniform, low[..., None], size[..., None])
-        return self._cells.at(row * _UNITS + place)
-
-    def _stretch(self, row: np.ndarray, id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in a row the cell of an id begins, and its size: 0 where the row has no such cell."""
-        cells, key = self._cells, row * self.vocab + id
-        cell = np.minimum(cells.key.searchsorted(key), len(cells.key) - 1)
-        size = np.where(cells.key[cell] == key, cells.end[cell] - cells.low[cell], 0)
-        return cells.low[cell] - row * _UNITS, size
-
-    def _walk(self, triggers: np.ndarray, outputs: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Tokens [batch, length+1], drawn at `uniform` of that shape where no trigger rules, and `outs`."""
-        batch = len(triggers)
-        # Each sequence has a column for each trigger of any of them, with -1 where it is not its own; column 0 is
-        # for all other ids.
-        distinct, inverse = np.unique(triggers, return_inverse=True)
-        column = np.zeros(self.vocab, np.int64)
-        column[distinct] = np.arange(1, len(distinct) + 1)
-        rules = np.full((batch, len(distinct) + 1), -1, np.int32)
-        np.put_along_axis(rules, inverse.reshape(triggers.shape) + 1, outputs.astype(np.int32), 1)
-        first, rules, seen = np.arange(batch) * rules.shape[1], rules.ravel(), np.zeros(rules.size, np.int32)
-        start, places = self._row_of * _UNITS, (uniform * _UNITS).astype(np.int64)
-        places = torch.from_numpy(places).T.contiguous().numpy()
-        tokens, outs = np.empty_like(places), np.empty_like(places[1:])
-        tokens[0] = self._cells.at(self.vocab * _UNITS + places[0])
-        for time, last in enumerate(tokens[:-1]):
-            at = first + column.take(last)
-            rule = rules.take(at)
-            ruled = rule >= 0
-            seen[at] = outs[time] = seen.take(at) + ruled
-            tokens[time + 1] = np.where(ruled, rule, self._cells.at(start.take(last) + places[time + 1]))
-        return torch.from_numpy(tokens).T, torch.from_numpy(outs).T
+            triggers = np.tile(self.fixed_triggers.numpy(), (batch, 1))
+        else:
+            triggers = self._draws.triggers(batch, self.trigger_count, generator)
+        uniform = uniform_numbers(batch, self.trigger_count, generator)
+        outputs = self._draws.outputs(triggers, uniform, self.bigram_outputs, self.no_repeat)
+        tokens, outs = self._draws.sequences(triggers, outputs, uniform_numbers(batch, length + 1, generator))
+        return BigramSample(*(torch.as_tensor(part).to(device) for part in (tokens, outs, triggers, outputs)))
 
     @cached_property
     def _occurring(self) -> Int[Tensor, "id"]:
@@ -344,35 +260,8 @@ class BigramTask:
         return {"all": ids, "train": ids[:border], "test": ids[border:]}[self.outputs]
 
     @cached_property
-    def _followed(self) -> Bool[Tensor, "vocab"]:
-        """Which ids have a row of their own."""
-        return torch.zeros(self.vocab, dtype=torch.bool).index_fill_(0, self.pairs[0], True)
-
-    @cached_property
-    def _row_of(self) -> np.ndarray:
-        """For each id the row of `_cells` that the next token is drawn from."""
-        return np.where(self._followed.numpy(), np.arange(self.vocab, dtype=np.int64), self.vocab)
-
-    @cached_property
-    def _cells(self) -> _Cells:
-        """Row i for what follows id i, then one for the unigram distribution, and one for the pool of outputs."""
-        pairs, occurring, pool = self.pairs.numpy(), self._occurring.numpy(), self._pool.numpy()
-        id = np.concatenate([pairs[1], occurring, pool])
-        row = np.concatenate([pairs[0], np.full_like(occurring, self.vocab), np.full_like(pool, self.vocab + 1)])
-        weights = np.concatenate([self.weights, self.unigram[occurring], np.full(len(pool), 1 / len(pool))])
-        total = np.concatenate([np.zeros(1), weights.cumsum()])
-        first, behind = row.searchsorted(row), row.searchsorted(row, "right")
-        share = (total[1:] - total[first]) / (total[behind] - total[first])
-        # Each cell gets one unit beforehand, so that whatever occurs can be drawn.
-        rank = np.arange(1, len(row) + 1) - first
-        end = row * _UNITS + (share * (_UNITS - (behind - first))).astype(np.int64) + rank
-        low = np.where(rank == 1, row * _UNITS, np.roll(end, 1))
-        bits = min(9, max(1, _GUIDE // (self.vocab + 2)).bit_length() - 1)
-        shift = _UNITS.bit_length() - 1 - bits
-        part = np.arange(self.vocab + 2 << bits, dtype=np.int64) << shift
-        cell = end.searchsorted(part, "right")
-        guide = np.where(end[cell] >= part + (1 << shift), id[cell], -1)
-        return _Cells(row * self.vocab + id, id, low, end, guide, shift)
+    def _draws(self) -> Draws:
+        return draws_of(self.unigram, self.pairs, self.weights, self._pool)
 
 
 def bigram(
@@ -406,14 +295,3 @@ def bigram(
         no_repeat=no_repeat,
         outputs=outputs,
     )
-
-
-def _uniform(batch: int, count: int, generator: torch.Generator) -> np.ndarray:
-    return torch.rand(batch, count, generator=generator, dtype=torch.float64).numpy()
-
-
-def _place(uniform: np.ndarray, low: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Whole numbers below _UNITS outside of the stretches that are taken, in ascending order along the last axis."""
-    place = (uniform * (_UNITS - size.sum(-1))).astype(np.int64)
-    free_below = low - (size.cumsum(-1) - size)
-    return place + (size * (free_below <= place[..., None])).sum(-1)

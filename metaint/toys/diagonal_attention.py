@@ -12,7 +12,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaint.measures.autoregression import DiagonalModel, diagonal_solution
+from metaint.measures.closed_forms import DiagonalModel, diagonal_solution
 from metaint.toys.parts import MIX, SCORES, Hooked, check_sizes
 from metaint.toys.vector_model import VectorModel, vector_config
 

@@ -15,7 +15,7 @@ from plotly import graph_objects as go
 
 from metaint.errors import InputError
 from metaint.scans.labels import label_heads
-from metaint.scans.store import write_text
+from metaint.scans.whole import write_text
 from metaint.views.drawing.page import document, figure_html
 from metaint.views.drawing.terminal import number
 from metaint.views.drawing.view import View

@@ -30,6 +30,7 @@ _BERT = {
 }
 _NO_FINAL_NORM = {"final_norm": "unavailable"}
 _NO_MLPS = {"edit_mlp": "unavailable"}
+_NO_MASKS = dict.fromkeys(("attention_mask", "left_padding"), "unavailable")
 # Between BERT's last block and its unembedding stands a dense layer, whose output ln_final normalises.
 _BERT_HEAD = {"final_norm": "fails", "unembedding": "fails"}
 EXCEPTIONS: dict[str, dict[str, str]] = {
@@ -55,7 +56,9 @@ def expected(kind: str) -> dict[str, str]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_each_kind_has_its_statuses_in_any_dtype(kind: str, dtype: torch.dtype) -> None:
-    assert statuses(build(kind).to(dtype)) == expected(kind)
+    # Their softmax is in float32 whatever the dtype, and float64's smallest number, which hides keys, is -inf there.
+    in_double = {"left_padding": "fails"} if kind in ("llama", "gemma2") and dtype == torch.float64 else {}
+    assert statuses(build(kind).to(dtype)) == {**expected(kind), **in_double}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("hooked")])
@@ -96,8 +99,9 @@ def test_table_has_one_row_a_check_and_its_columns() -> None:
     table = audit(HandMade())
     assert list(table.columns) == ["check", "status", "difference", "where", "note"]
     assert list(table["check"]) == list(CHECKS)
-    assert (table["status"][:-1] == "holds").all()
-    assert table["note"].iloc[-1] == "The hook blocks.0.hook_mlp_out never fired."
+    assert (table["status"][:-3] == "holds").all()
+    assert table["note"].iloc[-3] == "The hook blocks.0.hook_mlp_out never fired."
+    assert table["note"].iloc[-1] == "The model takes no attention_mask."
     assert all(note.endswith(".") for note in table["note"])
 
 
@@ -108,15 +112,18 @@ def test_table_has_one_row_a_check_and_its_columns() -> None:
         ("late_z", {"edit_z": "fails"}),
         ("late_value", {"edit_value": "fails"}),
         ("flat_pattern", {"pattern_rows": "fails", "pattern_from_scores": "fails"}),
-        ("leaky_mask", {"pattern_causal": "fails", "pattern_from_scores": "fails"}),
-        ("silent_z", dict.fromkeys(("pattern_order", "value_mix", "output_sum", "edit_z"), "unavailable")),
+        ("leaky_mask", {"pattern_causal": "fails", "pattern_from_scores": "fails", "direction": "fails"}),
+        (
+            "silent_z",
+            dict.fromkeys(("pattern_order", "head_shapes", "value_mix", "output_sum", "edit_z"), "unavailable"),
+        ),
     ],
 )
 def test_a_fault_in_one_layer_is_found_there(fault: str, changed: dict[str, str]) -> None:
     model = HandMade(fault)
-    assert statuses(model) == {**dict.fromkeys(CHECKS, "holds"), **_NO_MLPS, **changed}
+    assert statuses(model) == {**dict.fromkeys(CHECKS, "holds"), **_NO_MLPS, **_NO_MASKS, **changed}
     table = audit(model).set_index("check")
-    assert all(table.loc[check, "where"].startswith("blocks.1.") for check in changed)
+    assert all(table.loc[check, "where"].startswith("blocks.1.") for check in changed if check != "direction")
 
 
 def test_a_pattern_hook_that_never_fires_fails_and_is_named() -> None:
@@ -157,7 +164,7 @@ def test_a_transposed_output_weight_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_require_passes_what_holds_and_says_what_fails() -> None:
-    require(HandMade(), [check for check in CHECKS if check != "edit_mlp"])
+    require(HandMade(), [check for check in CHECKS if check not in (*_NO_MLPS, *_NO_MASKS)])
     with pytest.raises(HookAuditError) as error:
         require(HandMade("late_z"), ["pattern_rows", "edit_z"])
     assert str(error.value) == (

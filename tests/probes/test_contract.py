@@ -21,6 +21,7 @@ LENGTH, D = 12, 2
 DESCENTS = {"gradient_step": Descent(1, torch.full((LENGTH,), 0.1, dtype=torch.float64))}
 PROBES: dict[str, Callable[[], Probe]] = {
     "heads": metaint.HeadProbe,
+    "outputs": lambda: metaint.OutputProbe(positions=5),
     "residual": lambda: metaint.ResidualProbe(positions=5),
     "inner": lambda: metaint.InnerProbe(positions=5),
     "saturation": lambda: metaint.SaturationProbe((0.5, 1, 4), positions=5),

@@ -250,7 +250,15 @@ def test_a_probe_stays_with_its_model(gpt2):
 
 def test_a_model_without_patterns_is_refused(gpt2):
     class Blind:
-        cfg, hook_dict = gpt2.cfg, {"blocks.0.hook_resid_pre": None}
+        @property
+        def hook_dict(self):
+            return {name: point for name, point in gpt2.hook_dict.items() if not name.endswith("hook_pattern")}
+
+        def __getattr__(self, name):
+            return getattr(gpt2, name)
+
+        def __call__(self, *args, **kwargs):
+            return gpt2(*args, **kwargs)
 
     with pytest.raises(
         HookAuditError, match=r"HeadProbe reads blocks\.0\.attn\.hook_pattern, which this model does not"

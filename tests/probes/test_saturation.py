@@ -202,12 +202,16 @@ def test_bad_arguments(arguments, words):
         metaint.SaturationProbe(**arguments)
 
 
+class OtherStack(metaint.SaturationProbe):
+    group = "other"
+
+
 def test_caches_and_different_stacks_are_refused(gpt2, repeated):
     _, cache = gpt2.run_with_cache(repeated[:1])
     with pytest.raises(InputError, match="can't read a cache"):
         metaint.read_cache(cache, repeated[:1], probes=[metaint.SaturationProbe()])
     with pytest.raises(InputError, match="times over"):
-        metaint.scan(gpt2, repeated, [metaint.SaturationProbe((1, 2)), metaint.SaturationProbe((1, 2, 3))])
+        metaint.scan(gpt2, repeated, [metaint.SaturationProbe((1, 2)), OtherStack((1, 2, 3))])
     probe = metaint.SaturationProbe((1, 2))
     with pytest.raises(InputError, match=r"copies|cached positions"), metaint.attach(gpt2, probe):
         gpt2.generate(probe.stacked(repeated[:1, :8]), max_new_tokens=3, stop_at_eos=False, verbose=False)

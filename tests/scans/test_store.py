@@ -61,7 +61,7 @@ def test_what_is_no_scan_is_named(repeated_scan, tmp_path):
         metaint.load(tmp_path / "file.zarr")
     path = metaint.save(repeated_scan, tmp_path / "torn.zarr")
     (path / "heads" / "entropy" / "zarr.json").write_text('{"zarr_format"')
-    with pytest.raises(StoreError, match=r"torn\.zarr is damaged or half written"):
+    with pytest.raises(StoreError, match=r"torn\.zarr is damaged: heads/entropy/zarr\.json does not hold"):
         metaint.load(path)
     metaint.save(xr.DataTree(), tmp_path / "empty.zarr")
     with pytest.raises(StoreError, match=r"empty\.zarr holds no group of a scan"):

@@ -40,7 +40,7 @@ def test_autoregression_ends_with_measured_against_predicted(run: Run, tmp_path:
             ["--setting", "orthogonal", "--width", "5"],
             "d is 5: give an even number, since eigenvalues come in conjugate pairs.",
         ),
-        (["--setting", "unitary", "--heads", "0"], "heads is 0: give at least 1."),
+        (["--setting", "unitary", "--heads", "0"], "--heads is 0: it must be at least 1."),
         (
             ["--setting", "unitary", "--heads", "1,two"],
             "--heads is '1,two': join whole numbers by commas, such as 0,1.",
@@ -55,7 +55,7 @@ def test_autoregression_ends_with_measured_against_predicted(run: Run, tmp_path:
             "length is 9, and d is 10: give at least 10 points, or least squares is singular.",
         ),
         (["--layers", "2"], "layers is [2], which setting 'augmented' has no use for: leave it out."),
-        (["--seeds", "-1"], "seed is -1: give at least 0."),
+        (["--seeds", "-1"], "--seeds is -1: it must be at least 0."),
         (["--quick", "--full"], "--quick and --full were both given: choose one."),
     ],
 )

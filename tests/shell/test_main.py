@@ -91,7 +91,7 @@ BAD = [
     (["scan", "FOLDER", "--json", "--csv"], "--json and --csv were both given: choose one format"),
     (["scan", "FOLDER", "--text", "WORDS", "--length", "999"], "length is 999: this model reads windows of 2 to 128"),
     (["scan", "FOLDER", "--tokens", "0"], "--tokens is 0: it must be at least 1"),
-    (["scan", "FOLDER", "--batch-size", "0"], "batch_size is 0: it must be at least 1"),
+    (["scan", "FOLDER", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
     (["scan", "FOLDER", "--dtype", "int8"], "dtype is 'int8': choose one of float32"),
     (["scan", "FOLDER", "--device", "abacus"], "device is 'abacus'"),
     (["scan", "FOLDER", "--out", "scan.txt"], "--out is scan.txt: give it a name that ends in .zarr"),
@@ -154,7 +154,7 @@ def test_three_probes_in_one_pass(run, folder, tmp_path):
     [
         (
             ["--probes", "heads,norms"],
-            "--probes is 'heads,norms': join some of heads, residual, inner, saturation, memory, weights by commas",
+            "--probes is 'heads,norms': join some of heads, outputs, residual, inner, saturation, memory, weights",
         ),
         (["--probes", "inner,inner"], "--probes is 'inner,inner': join some of"),
         (["--probes", ""], "--probes is '': join some of"),
@@ -184,7 +184,7 @@ def test_the_inner_lab_writes_its_folder(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--windows", 1], "--windows is 1: at least 2 sequences tell an interval."),
+        (["--windows", 1], "--windows is 1: it must be at least 2."),
         (["--positions", 0], "--positions is 0: it must be at least 1."),
         (["--length", 2], "--length is 2: it must be at least 3."),
     ],
@@ -287,12 +287,12 @@ def test_export_of_a_circuit(run, tmp_path):
         (["none.graphml", "-o", "c.json"], "none.graphml does not exist: give the file that save_circuit wrote."),
         (["s.zarr", "-o", "t", "--as", "xls"], "--as is 'xls': choose one of csv, parquet, headvis."),
         (["s.zarr", "-o", "taken.txt"], "--out is taken.txt, which is a file: name a folder."),
-        (["s.zarr", "-o", "taken.txt/t"],
-         "the tables could not be written to taken.txt/t (Not a directory)."),
+        (["s.zarr", "-o", "taken.txt/t"], "--out is taken.txt/t: FOLDER/taken.txt is no folder."),
         (["c.graphml", "-o", "c.txt"], "--out is c.txt: give it a name that ends in .json."),
         (["c.graphml", "-o", "c.json", "--as", "csv"], "--as is 'csv', and c.graphml is a circuit: leave it out."),
         (["taken.txt", "-o", "t"], "taken.txt is not a Zarr store: give the folder that save or --out wrote."),
-        (["torn.zarr", "-o", "t"], "torn.zarr is damaged or half written (JSONDecodeError): scan again."),
+        (["torn.zarr", "-o", "t"],
+         "torn.zarr is damaged: heads/entropy/zarr.json does not hold what was written there."),
     ],
 )  # fmt: skip
 def test_what_can_not_be_exported_is_one_sentence(run, store, tmp_path, monkeypatch, arguments, sentence):
@@ -300,6 +300,7 @@ def test_what_can_not_be_exported_is_one_sentence(run, store, tmp_path, monkeypa
     (tmp_path / "taken.txt").write_text("years of work")
     shutil.copytree(store, tmp_path / "torn.zarr")
     (tmp_path / "torn.zarr" / "heads" / "entropy" / "zarr.json").write_text('{"zarr_format"')
+    sentence = sentence.replace("FOLDER", str(tmp_path))
     assert run("export", *arguments) == (2, "", f"metaint: {sentence}\n")
     assert (tmp_path / "taken.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.zarr", "taken.txt", "torn.zarr"]
@@ -331,7 +332,7 @@ def test_saturate(run, folder, tmp_path):
         (["--scales", "1,x"], "--scales is '1,x': join numbers by commas, such as 1,2,4."),
         (["--scales", ""], "--scales is '': join numbers by commas, such as 1,2,4."),
         (["--scales", "-1"], "scales has -1: parameters can be multiplied by finite numbers above 0."),
-        (["--batch-size", 0], "batch_size is 0: it must be at least 1."),
+        (["--batch-size", 0], "--batch-size is 0: it must be at least 1."),
         (["--figures", "page"], "--figures is page: give it a name that ends in .html."),
     ],
 )

@@ -1,7 +1,6 @@
 import json
 import math
 import random
-import sys
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from metaint.errors import InputError
-from metaint.tasks import BigramTask, bigram
+from metaint.tasks import BigramTask, bigram, bigram_draws
 
-MODULE = sys.modules[BigramTask.__module__]
 STORED = json.loads((Path(__file__).parents[1] / "data" / "tinyshakespeare_counts.json").read_text())
 _WORDS = [
     "the",
@@ -454,8 +452,8 @@ def test_large_vocabulary():
 
 @pytest.mark.parametrize("task", [shakespeare(), BigramTask.from_tokens(torch.arange(20_000).repeat(2) % 17_001)])
 def test_cells_have_the_size_of_their_probability(task):
-    cells, rows = task._cells, task.vocab
-    share = torch.from_numpy(cells.end - cells.low) / MODULE._UNITS
+    cells, rows = task._draws.cells, task.vocab
+    share = torch.from_numpy(cells.end - cells.low) / bigram_draws.UNITS
     expected = torch.cat([task.weights, task.unigram[task.unigram > 0], torch.full((rows,), 1 / rows).double()])
     torch.testing.assert_close(share.double(), expected, rtol=1e-6, atol=1e-9)
     assert (cells.end[1:] > cells.end[:-1]).all()
@@ -467,7 +465,7 @@ def test_cells_have_the_size_of_their_probability(task):
 def test_samples_do_not_depend_on_the_way(monkeypatch, name, value):
     """In slices of the batch, or with every token searched for."""
     expected = bigram(TEXT).sample(30, 40, seed=5)
-    monkeypatch.setattr(MODULE, name, value)
+    monkeypatch.setattr(bigram_draws, name, value)
     for found, part in zip(bigram(TEXT).sample(30, 40, seed=5), expected, strict=True):
         assert torch.equal(found, part)
 

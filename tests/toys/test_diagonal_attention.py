@@ -286,7 +286,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
         (lambda: orthogonal_minimum(2, 1, 0), "length is 0: give at least 1."),
         (
             lambda: orthogonal_minimum(3, 1, 4),
-            "d is 3; give an even number, since eigenvalues come in conjugate pairs.",
+            "d is 3: give an even number, since eigenvalues come in conjugate pairs.",
         ),
         (
             lambda: unitary_minimum(2, 2, 3)(torch.zeros(1, 4, 2)),

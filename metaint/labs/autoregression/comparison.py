@@ -1,7 +1,7 @@
 """What a run of the autoregression lab shows: measured against the closed-form optimum, and how the model does it.
 
 In: settings, a recording and the trained model. Out: rows of (quantity, measured, predicted), and numbers of a run.
-Predictions are those of `measures/autoregression.py`, which are derived, and of the authors' code where it says so.
+Predictions are those of `measures/closed_forms.py`, which are derived, and of the authors' code where it says so.
 """
 
 import math
@@ -24,7 +24,7 @@ from metaint.labs.autoregression.training import (
     held_out_loss,
     positional_descent,
 )
-from metaint.measures import autoregression, recurrence
+from metaint.measures import autoregression, closed_forms, recurrence
 from metaint.toys.linear_attention import regression_step
 
 # What predictors of Haar sequences with d = 5 and 50 vectors of length 1 lose, computed once from 4000 sequences of the
@@ -90,9 +90,9 @@ def final(recording: xr.DataTree, group: str) -> xr.Dataset:
 
 
 def _augmented(s: Settings, recording: xr.DataTree, model: Any) -> list[Entry]:
-    optimum = autoregression.augmented_optimum
+    optimum = closed_forms.augmented_optimum
     if s.model == "shared":
-        optimum = autoregression.augmented_shared_optimum
+        optimum = closed_forms.augmented_shared_optimum
     best = optimum(s.length, s.d)
     key = s.model == "diagonal"
     loss = held_out_loss(s, model, MANY)
@@ -113,7 +113,7 @@ def enough_heads(s: Settings) -> int:
 def _diagonal(s: Settings, recording: xr.DataTree, model: Any) -> list[Entry]:
     """The loss with each number of heads, and with as many as a loss of 0 takes, what their weights are."""
     kind: Any = s.setting
-    least = autoregression.diagonal_minimum(kind, s.d, s.heads)
+    least = closed_forms.diagonal_minimum(kind, s.d, s.heads)
     enough = enough_heads(s)
     entries = [Entry("loss", float(final(recording, "training")["held_out_loss"]), least, key=True)]
     if s.heads < enough:
@@ -200,7 +200,7 @@ def _steps_needed(s: Settings) -> int:
 
 
 def _regression(s: Settings, recording: xr.DataTree, model: Any) -> list[Entry]:
-    data, best = final(recording, "recurrence"), autoregression.regression_optimum(s.length, s.d)
+    data, best = final(recording, "recurrence"), closed_forms.regression_optimum(s.length, s.d)
     if s.layers > 1:
         predicted = math.nan
         if s.layers in DESCENTS:

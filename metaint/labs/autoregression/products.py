@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metaint.labs.autoregression.settings import Settings
 from metaint.labs.autoregression.training import MANY, held_out_loss
-from metaint.measures import autoregression
+from metaint.measures import closed_forms
 from metaint.toys.linear_attention import linear_attention, regression_attention, regression_step
 
 
@@ -91,7 +91,7 @@ def with_products(s: Settings, QK: Tensor, OV: Tensor) -> Any:
 
 def half_way(s: Settings, model: Any) -> Any:
     """The mean of the model's products and the construction's, once both queries and keys have the same scale."""
-    construction = regression_step(s.d, s.length, autoregression.regression_optimum(s.length, s.d).eta)
+    construction = regression_step(s.d, s.length, closed_forms.regression_optimum(s.length, s.d).eta)
     QKs, OVs = [], []
     for one in (model, construction):
         QK, OV = one.W_Q[0, 0] @ one.W_K[0, 0].mT, one.W_V[0, 0] @ one.W_O[0, 0]

@@ -30,7 +30,7 @@ from metaint.labs.autoregression.training import (
 from metaint.labs.common.checks import finite
 from metaint.labs.common.resumable import RECORDING, go_on, load_trained, resume
 from metaint.labs.common.run_folder import claim
-from metaint.measures import autoregression
+from metaint.measures import closed_forms
 from metaint.models.structure import structure
 from metaint.scanning.record_store import append, create, trim, with_step
 from metaint.scanning.recur import recur
@@ -147,7 +147,7 @@ class _Run:
         scalars = {"loss": self.loss, "held_out_loss": self.finite(held_out_loss(s, model))}
         if s.diagonal:
             kind: Any = s.setting
-            least = autoregression.diagonal_minimum(kind, s.d, s.heads)
+            least = closed_forms.diagonal_minimum(kind, s.d, s.heads)
             near = expected_losses(s, self.module) < least + 0.02 * s.d
             scalars["reached"] = near.double().mean().item()
         groups = {"training": xr.Dataset(scalars)}

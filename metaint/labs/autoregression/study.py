@@ -26,7 +26,7 @@ from metaint.labs.autoregression.settings import MODELS, SIZES, Settings, runs
 from metaint.labs.autoregression.training import DESCENTS, positional_descent
 from metaint.labs.common.side_by_side import check_study, train_all
 from metaint.measures.recurrence import interaction, positional_rows
-from metaint.scans.store import write_text
+from metaint.scans.whole import write_text
 from metaint.toys.vector_model import VectorModel
 
 __all__ = ["MODELS", "SIZES", "Findings", "Settings", "autoregression_figures", "label", "run", "runs", "study"]
@@ -116,7 +116,7 @@ def run(
 
 def autoregression_figures(found: Findings) -> dict[str, Any]:
     """The figures of a study by name; of single models, those of its first seed."""
-    from metaint.labs.autoregression import figures as views
+    from metaint.labs.autoregression import comparison_figures as compared, figures as views
 
     setting = next(iter(found.settings.values())).setting
     seeds = {s.seed for s in found.settings.values()}
@@ -127,21 +127,21 @@ def autoregression_figures(found: Findings) -> dict[str, Any]:
     optima = {label: row["predicted"] for label, row in zip(_labels(key, seeds), key.to_dict("records"), strict=True)}
     figures = {"training": views.plot_losses(recordings, optima)}
     if setting == "augmented":
-        figures["steps"] = views.plot_steps(details)
+        figures["steps"] = compared.plot_steps(details)
     if setting in ("unitary", "orthogonal"):
-        figures["heads"] = views.plot_staircase(details)
+        figures["heads"] = compared.plot_staircase(details)
     if setting == "positional":
         rows = {
             names[n]: _last_rows(s, found.models[n], steps_of(found.recordings[n])) for n, s in found.settings.items()
         }
-        figures["rows"] = views.plot_rows(rows)
+        figures["rows"] = compared.plot_rows(rows)
     if setting in ("haar", "icl-regression"):
         descents = {k: float(details[f"loss_gradient_steps_{k}"].iloc[0]) for k in DESCENTS}
-        figures["depth"] = views.plot_depth(details, descents)
+        figures["depth"] = compared.plot_depth(details, descents)
     if setting in ("augmented", "haar"):
         figures["positions"] = views.plot_positions(recordings)
     figures |= {
-        name: views.plot_maps(**arguments) for name, arguments in _maps_of(found.settings, found.models).items()
+        name: compared.plot_maps(**arguments) for name, arguments in _maps_of(found.settings, found.models).items()
     }
     if setting in ("augmented", "haar", "icl-regression"):
         figures["agreement"] = views.plot_agreement(recordings)
@@ -159,7 +159,7 @@ def _last_rows(s: Settings, model: Any, steps: int) -> tuple[np.ndarray, np.ndar
 
 
 def _maps_of(settings: Mapping[str, Settings], models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arguments of `views.autoregression.plot_maps`, of models of the first seed; none where nothing is to be seen."""
+    """Arguments of `comparison_figures.plot_maps`, of models of the first seed; none where nothing is to be seen."""
     first = min(s.seed for s in settings.values())
     runs = [(s, models[name]) for name, s in settings.items() if s.seed == first]
     if runs[0][0].setting in ("unitary", "orthogonal"):
@@ -196,7 +196,7 @@ def _head_maps(s: Settings, model: Any) -> dict[str, Any]:
         "A Bᵀ, heads against heads, is what one head reads of what another asks for: nothing where heads are "
         "orthogonal, as they must be with just as many as a loss of 0 takes, and not with more."
     )
-    return {"maps": maps, "title": f"Heads and positions, H = {s.heads}", "caption": caption, "told": label(s)}
+    return {"maps": maps, "title": f"Heads and positions, H = {s.heads}", "caption": caption, "subtitle": label(s)}
 
 
 def _weight_maps(chosen: list[tuple[Settings, Any]]) -> dict[str, Any]:
@@ -211,5 +211,5 @@ def _weight_maps(chosen: list[tuple[Settings, Any]]) -> dict[str, Any]:
         "beside these diagonals are the coupling that lets the free model do better."
     )
     s = chosen[0][0]
-    told = f"d = {s.d}, T = {s.length}"
-    return {"maps": maps, "title": "What queries and values read", "caption": caption, "told": told}
+    subtitle = f"d = {s.d}, T = {s.length}"
+    return {"maps": maps, "title": "What queries and values read", "caption": caption, "subtitle": subtitle}

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metaint.labs.autoregression.settings import Settings
-from metaint.measures import autoregression, recurrence
+from metaint.measures import autoregression, closed_forms, recurrence
 from metaint.tasks.autoregressive import AutoregressiveSample, RegressionSample, autoregressive, regression
 from metaint.toys.diagonal_attention import DiagonalAttention, diagonal_attention
 from metaint.toys.linear_attention import linear_attention, regression_attention, vector_transformer
@@ -70,7 +70,7 @@ def expected_losses(s: Settings, starts: Starts) -> Float[Tensor, " start"]:
         # |sum_j p_{T-j} lambda^{-2j} - 1|², with the means of lambda^{-2j}: all that descent sees of the sequences.
         gap = rows - torch.eye(s.length)[-1]
         return torch.einsum("rti,ij,rtj->r", gap, _gram(s), gap) / (s.length - 1)
-    of_one = autoregression.unitary_loss if s.setting == "unitary" else autoregression.orthogonal_loss
+    of_one = closed_forms.unitary_loss if s.setting == "unitary" else closed_forms.orthogonal_loss
     return torch.func.vmap(of_one)(starts.b.mT @ starts.a, rows).mean(-1)
 
 
@@ -232,13 +232,13 @@ def regression_scan(s: Settings, model: Any) -> xr.Dataset:
         (gradient,) = torch.autograd.grad(predicted.sum(), tokens)
     own = gradient[:, -1, : s.d]
     predicted = predicted.detach()
-    found = {"loss": predicted, "loss_zero": torch.zeros_like(predicted)}
+    guesses = {"loss": predicted, "loss_zero": torch.zeros_like(predicted)}
     weights = {f"gradient_steps_{k}": best_descent(sample, k) for k in DESCENTS}
     weights["least_squares"] = autoregression.regression_least_squares(sample.inputs, sample.outputs)
     for name, w in weights.items():
-        found[f"loss_{name}"] = (w * sample.queries).sum(-1)
-    values = {name: 0.5 * (guess - sample.answers).square().mean().item() for name, guess in found.items()}
-    eta = autoregression.regression_optimum(s.length, s.d).eta
+        guesses[f"loss_{name}"] = (w * sample.queries).sum(-1)
+    values = {name: 0.5 * (guess - sample.answers).square().mean().item() for name, guess in guesses.items()}
+    eta = closed_forms.regression_optimum(s.length, s.d).eta
     step = autoregression.regression_descent(sample.inputs, sample.outputs, eta)
     f, g = predicted[:, None], (step * sample.queries).sum(-1, keepdim=True)
     values["prediction_difference"] = recurrence.prediction_difference(f, g).item()

@@ -58,7 +58,7 @@ def evaluate(model: Any, sample: BigramSample, attention: bool = True) -> dict[s
 
 def _predictions(guess: Tensor, losses: Tensor, inputs: Tensor, targets: Tensor, outs: Tensor) -> dict[str, Tensor]:
     known, triggers, length = outs >= 2, outs >= 1, losses.shape[1]
-    found = {
+    readings = {
         "accuracy": in_context.accuracy(guess, targets, known),
         "accuracy_without_copies": in_context.accuracy(guess, targets, known & (targets != inputs)),
         "accuracy_triggers": in_context.accuracy(guess, targets, triggers),
@@ -66,9 +66,9 @@ def _predictions(guess: Tensor, losses: Tensor, inputs: Tensor, targets: Tensor,
         "copy_accuracy": in_context.accuracy(inputs, targets, known),
         "copy_accuracy_triggers": in_context.accuracy(inputs, targets, triggers),
     }
-    found |= {f"loss_{name}": value for name, value in in_context.loss_parts(losses, outs)._asdict().items()}
-    found["in_context_learning_score"] = in_context.in_context_learning_score(losses, max(1, length // 10), length)
-    return found
+    readings |= {f"loss_{name}": value for name, value in in_context.loss_parts(losses, outs)._asdict().items()}
+    readings["in_context_learning_score"] = in_context.in_context_learning_score(losses, max(1, length // 10), length)
+    return readings
 
 
 def _attention(
@@ -91,7 +91,7 @@ def _attention(
     first, last, known = patterns[0], patterns[-1], outs >= 2
     match = in_context.attended_follows_match(last, inputs, known)
     previous = in_context.next_attends_back(first, torch.ones_like(known))
-    found = {
+    scores = {
         "induction_mass": match.mass,
         "induction_match": match.hit,
         "induction_uniform": match.uniform,
@@ -104,8 +104,8 @@ def _attention(
     }
     if len(patterns) > 1:
         both = in_context.attended_looked_back(first, last, known)
-        found |= {"looked_back_mass": both.mass, **_hit("looked_back", both)}
-    return found
+        scores |= {"looked_back_mass": both.mass, **_hit("looked_back", both)}
+    return scores
 
 
 def _hit(name: str, score: Attended) -> dict[str, Tensor]:

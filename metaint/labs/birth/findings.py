@@ -90,8 +90,8 @@ def _by_memory(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in frame.to_dict("records"):
         for name in ("W_O1", "W_O2", "W_K2", "W_K2_all", "W_K1_early", "W_K1"):
-            told = f"gradient_{name}" in row or (name == "W_K2_all" and row["triggers"] == "fixed")
-            if told and not math.isnan(row.get(name, math.nan)):
+            applies = f"gradient_{name}" in row or (name == "W_K2_all" and row["triggers"] == "fixed")
+            if applies and not math.isnan(row.get(name, math.nan)):
                 parts = {part: row.get(f"{part}_{name}", math.nan) for part in ("gradient", "half")}
                 rows.append({"run": row["run"], "memory": _word(name), "recall": row[name], **parts})
                 rows[-1]["chance"] = row[f"{name}_chance"]

@@ -46,7 +46,7 @@ def plot_recall_maps(models: Mapping[str, Any], tokens: Ids, vocabulary: Sequenc
     """
     ids, labels = _known(models, torch.as_tensor(tokens).unique(), vocabulary)
     maps = [_memory_maps(model, ids, labels) for model in models.values()]
-    rows = list(dict.fromkeys(name for found in maps for name in found))
+    rows = list(dict.fromkeys(name for memories in maps for name in memories))
     caption = (
         "How to read: each row asks a memory: W_O what a token's value makes of the logits, W_K2 which token, as layer "
         "1 wrote it, a token finds, W_K1 which position a position finds; scores are in standard deviations from the "
@@ -55,7 +55,9 @@ def plot_recall_maps(models: Mapping[str, Any], tokens: Ids, vocabulary: Sequenc
         "each row has a scale of its own, so that a faint memory looks like a strong one; and W_K2 learns the triggers "
         "alone where these are fixed, so that its other rows find what they may."
     )
-    grid = {(i, j): found[name] for i, name in enumerate(rows) for j, found in enumerate(maps) if name in found}
+    grid: dict[tuple[int, int], _Map] = {}
+    for i, name in enumerate(rows):
+        grid |= {(i, j): memories[name] for j, memories in enumerate(maps) if name in memories}
     figure = _grid(grid, rows, list(models), "standard<br>deviations")
     return _pictured(figure, "What the memories hold", f"{len(ids)} tokens", caption)
 
@@ -71,9 +73,9 @@ def plot_attention_at_birth(models: Mapping[str, Any], tokens: Ids, vocabulary: 
     future = np.triu(np.full((len(ids), len(ids)), np.nan), 1)
     for i, model in enumerate(models.values()):
         hooks = [f"blocks.{layer}.attn.hook_pattern" for layer in sorted({0, int(model.cfg.n_layers) - 1})]
-        found = read(model, torch.tensor([ids], device=model.W_E.device), hooks)
+        patterns = read(model, torch.tensor([ids], device=model.W_E.device), hooks)
         for j, name in enumerate(hooks):
-            grid[i, j] = _Map(found[name][0, 0].cpu().double().numpy() + future, *_LOOKS, labels, 1.0)
+            grid[i, j] = _Map(patterns[name][0, 0].cpu().double().numpy() + future, *_LOOKS, labels, 1.0)
     heads = ["first layer's head", "last layer's head"][: 1 + max(j for _, j in grid)]
     caption = (
         "How to read: each row is a token that looks, its cells the tokens that it may look at, itself the last, dark "
@@ -135,22 +137,22 @@ def _grid(grid: Mapping[tuple[int, int], _Map], rows: Sequence[str], columns: Se
     figure.update_layout(height=inside)
     figure.update_annotations(font_size=13)
     shown: Any = figure.layout
-    for (i, j), found in grid.items():
+    for (i, j), cell in grid.items():
         axis, place = f"coloraxis{i + 1}", {"row": i + 1, "col": j + 1}
-        names = found.labels or [str(k) for k in range(len(found.values))]
+        names = cell.labels or [str(k) for k in range(len(cell.values))]
         pairs = [[f"{y} → {x}" for x in names] for y in names]
-        heat = go.Heatmap(z=found.values, text=pairs, hovertemplate="%{text}: %{z:.3f}<extra></extra>", coloraxis=axis)
+        heat = go.Heatmap(z=cell.values, text=pairs, hovertemplate="%{text}: %{z:.3f}<extra></extra>", coloraxis=axis)
         figure.add_traces([heat], rows=i + 1, cols=j + 1)
-        every = math.ceil(7 * len(names) / size) if found.labels else 16
+        every = math.ceil(7 * len(names) / size) if cell.labels else 16
         ticks: Any = {"tickvals": list(range(0, len(names), every)), "ticktext": names[::every], "tickangle": 0}
         ticks |= {"tickfont_size": min(12, max(8, size * every // len(names))), "showgrid": False, **place}
-        figure.update_xaxes(title={"text": found.x, "standoff": 6, "font_size": 12}, **ticks)
-        head = f"{wrapped(rows[i])}<br>{found.y}" if j == 0 else ""
+        figure.update_xaxes(title={"text": cell.x, "standoff": 6, "font_size": 12}, **ticks)
+        head = f"{wrapped(rows[i])}<br>{cell.y}" if j == 0 else ""
         figure.update_yaxes(title={"text": head, "font_size": 12}, autorange="reversed", **ticks)
-        own = i == 0 or found.most != shown[f"coloraxis{i}"].cmax
+        own = i == 0 or cell.most != shown[f"coloraxis{i}"].cmax
         top = shown["yaxis" if i == 0 else f"yaxis{i * len(columns) + 1}"].domain[1]
         bar = {"title": unit, "thickness": 12, "len": 160, "lenmode": "pixels", "y": top, "yanchor": "top"}
-        shown[axis] = {"cmin": 0, "cmax": found.most, "colorscale": "Blues", "colorbar": bar, "showscale": own}
+        shown[axis] = {"cmin": 0, "cmax": cell.most, "colorscale": "Blues", "colorbar": bar, "showscale": own}
     return figure
 
 

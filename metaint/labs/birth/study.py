@@ -25,7 +25,7 @@ from metaint.labs.birth.training import restore
 from metaint.labs.common.resumable import RECORDING
 from metaint.labs.common.side_by_side import OnStep, check_study, train_all
 from metaint.scans.recordings import read_recording
-from metaint.scans.store import write_text
+from metaint.scans.whole import write_text
 
 QUICK: dict[str, Any] = {"length": 64, "batch": 64, "steps": 150, "records": 16}
 

@@ -89,14 +89,14 @@ class Trainer:
         for matrix in self.matrices.values():
             matrix.requires_grad_(True)
         rate = self.optimizer.param_groups[0]["lr"]
-        found = finite(loss.item(), rate, f"the loss was no longer finite at step {self.step}")
+        value = finite(loss.item(), rate, f"the loss was no longer finite at step {self.step}")
         self.step += 1
-        return found
+        return value
 
     def gradient_norms(self) -> dict[str, float]:
         """Length of the gradient of each matrix in the step just taken, weight decay apart; NaN if it was frozen."""
-        found = {name: matrix.grad for name, matrix in self.matrices.items()}
-        return {name: math.nan if grad is None else grad.norm().item() for name, grad in found.items()}
+        gradients = {name: matrix.grad for name, matrix in self.matrices.items()}
+        return {name: math.nan if grad is None else grad.norm().item() for name, grad in gradients.items()}
 
     def sample(self) -> BigramSample:
         """The batch of this step."""
@@ -115,15 +115,15 @@ def gradient_model(trainer: Trainer) -> Any:
 
     What `MemoryProbe` reads of it tells what the first step writes into each memory. The trainer is left as it is.
     """
-    found = copy.deepcopy(trainer.model)
-    shadow = Trainer(found, trainer.task, length=trainer.length, batch=trainer.batch, learning_rate=1.0)
+    gradients = copy.deepcopy(trainer.model)
+    shadow = Trainer(gradients, trainer.task, length=trainer.length, batch=trainer.batch, learning_rate=1.0)
     shadow.seed, shadow.step, shadow.loss = trainer.seed, trainer.step, trainer.loss
     shadow.loss_of(shadow.sample()).backward()
     with torch.no_grad():
         for matrix in shadow.matrices.values():
             matrix.copy_(torch.zeros_like(matrix) if matrix.grad is None else -matrix.grad)
             matrix.grad = None
-    return found
+    return gradients
 
 
 # ---- a training kept in memory ----------------------------------------------------------------------------------
@@ -221,10 +221,10 @@ def train(
 
 def held_out_sample(task: BigramTask, count: int, length: int, seed: int, device: Any = None) -> BigramSample:
     """Sequences that no step is trained on; InputError if no trigger comes twice in them."""
-    found = task.sample(count, length, torch.Generator().manual_seed(seed << 32), device)
-    if not (found.outs >= 2).any():
+    held_out = task.sample(count, length, torch.Generator().manual_seed(seed << 32), device)
+    if not (held_out.outs >= 2).any():
         raise InputError(f"length is {length}, too short for a trigger to come twice: give more, or more triggers.")
-    return found
+    return held_out
 
 
 def _thin(states: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:

@@ -26,14 +26,14 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"folder is {folder}, which is a file: name a folder.")
-    there = read_settings(folder)
-    for name in settings if there is not None else ():
-        if there is not None and there.get(name) != settings[name]:
+    saved = read_settings(folder)
+    for name in settings if saved is not None else ():
+        if saved is not None and saved.get(name) != settings[name]:
             raise InputError(
-                f"folder is {folder}, which holds a run with {name} {there.get(name)}, and {settings[name]} was asked "
+                f"folder is {folder}, which holds a run with {name} {saved.get(name)}, and {settings[name]} was asked "
                 "for: ask for the same, give another folder, or delete this one."
             )
-    if there is not None:
+    if saved is not None:
         return
     aside = folder / f".{SETTINGS}.new"
     try:

@@ -51,10 +51,10 @@ def train_all(
     with tqdm(total=sum(s.steps for s in settings), disable=not progress, desc="training", unit="step") as bar:
         tell = _teller(bar, number, {s.name: s.steps for s in settings})
         if jobs > 1:
-            found = _in_processes(train_run, out, settings, jobs, threads, tell)
+            sentences = _in_processes(train_run, out, settings, jobs, threads, tell)
         else:
-            found = dict(_train(train_run, out, s, tell) for s in settings)
-    return {name: sentence for name, sentence in found.items() if sentence}
+            sentences = dict(_train(train_run, out, s, tell) for s in settings)
+    return {name: sentence for name, sentence in sentences.items() if sentence}
 
 
 def _teller(bar: Any, number: str, steps: Mapping[str, int]) -> Tell:
@@ -92,21 +92,21 @@ def _in_processes(
 ) -> dict[str, str]:
     context = get_context("spawn")  # a fork would copy torch's threads in whatever state they are
     with context.Manager() as manager:
-        told = manager.Queue()
-        listener = Thread(target=lambda: [tell(*news) for news in iter(told.get, None)], daemon=True)
+        messages = manager.Queue()
+        listener = Thread(target=lambda: [tell(*news) for news in iter(messages.get, None)], daemon=True)
         listener.start()
         try:
             with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-                tasks = [pool.submit(_train_and_tell, train_run, out, s, told) for s in settings]
+                tasks = [pool.submit(_train_and_tell, train_run, out, s, messages) for s in settings]
                 return dict(task.result() for task in as_completed(tasks))
         except BrokenProcessPool as error:
             raise StoreError(
                 f"a training process was killed; what it saved is in {out}: call again to go on."
             ) from error
         finally:
-            told.put(None)
+            messages.put(None)
             listener.join()
 
 
-def _train_and_tell(train_run: TrainRun, out: Path, settings: Any, told: Any) -> tuple[str, str]:
-    return _train(train_run, out, settings, lambda *news: told.put(news))
+def _train_and_tell(train_run: TrainRun, out: Path, settings: Any, messages: Any) -> tuple[str, str]:
+    return _train(train_run, out, settings, lambda *news: messages.put(news))

@@ -44,8 +44,8 @@ def plot_norm_growth(recordings: Recordings) -> go.Figure:
     traces: Any = figure.data
     for i, name in enumerate(recordings):
         curve = next(trace for trace in traces if trace.legendgroup in (f"scan {i}", "norm"))
-        told = "  ".join(_r2(fits[name][key].r2) if name in fits else "–" for key in TRENDS)
-        curve.update(name=f"{escape(short_name(name), quote=False)}<br>R² {told}", showlegend=True)
+        qualities = "  ".join(_r2(fits[name][key].r2) if name in fits else "–" for key in TRENDS)
+        curve.update(name=f"{escape(short_name(name), quote=False)}<br>R² {qualities}", showlegend=True)
     figure.update_traces(showlegend=False, selector={"line.dash": "dot"})
     caption = (
         "How to read: length of all parameters but the embeddings; a dotted line is the run's best trend, fitted "
@@ -149,8 +149,8 @@ def plot_slopes(table: pd.DataFrame) -> go.Figure:
 def training_figures(recordings: Recordings, slopes: pd.DataFrame | None = None) -> dict[str, go.Figure]:
     """Every figure of a study, by name."""
     plots = {"norms": plot_norm_growth, "saturation": plot_training_saturation, "heads": plot_training_heads}
-    found = {name: plot(recordings) for name, plot in plots.items()}
-    return found if slopes is None else {**found, "slopes": plot_slopes(slopes)}
+    figures = {name: plot(recordings) for name, plot in plots.items()}
+    return figures if slopes is None else {**figures, "slopes": plot_slopes(slopes)}
 
 
 def _r2(value: float) -> str:

@@ -56,8 +56,8 @@ def describe(recording: xr.DataTree, settings: Settings, slopes: pd.DataFrame) -
         **{f"{name}_heads": int(heads[name]) for name in ("argmax", "averaging")},
         "heads": settings.n_layers * settings.n_heads,
     }
-    for found in slopes.to_dict("records"):
-        row |= {f"slope_{found['activation']}": found["slope"], f"expected_{found['activation']}": found["expected"]}
+    for line in slopes.to_dict("records"):
+        row |= {f"slope_{line['activation']}": line["slope"], f"expected_{line['activation']}": line["expected"]}
     return row
 
 
@@ -68,8 +68,12 @@ def block_steps(weights: xr.Dataset) -> xr.Dataset:
     before = norm.shift(step=1)
     of_parts = (before**2, weights["alignment"] * before * step, step**2)  # which add up, as `growth.change` does
     change = torch.tensor(np.stack([part.sum(("layer", "part")).values for part in of_parts], -1))
-    found = {"step_norm": growth.step_norm, "alignment": growth.alignment, "direction_cosine": growth.direction_cosine}
-    data = {name: ("step", measure(change).numpy()) for name, measure in found.items()}
+    measures = {
+        "step_norm": growth.step_norm,
+        "alignment": growth.alignment,
+        "direction_cosine": growth.direction_cosine,
+    }
+    data = {name: ("step", measure(change).numpy()) for name, measure in measures.items()}
     whole = (norm**2).sum(("layer", "part")).values ** 0.5
     return xr.Dataset({"norm": ("step", whole), **data}, {"step": weights["step"].values})
 
@@ -109,8 +113,8 @@ def _growth(recording: xr.DataTree) -> dict[str, Any]:
 
 def _dynamics(blocks: xr.Dataset) -> dict[str, Any]:
     """Of the blocks: the last norm beside what aligned and orthogonal steps between records would give."""
-    found = growth.dynamics(blocks["norm"].values, blocks["step_norm"].values[1:])
-    observed, aligned, misaligned = (float(series[-1]) for series in found)
+    curves = growth.dynamics(blocks["norm"].values, blocks["step_norm"].values[1:])
+    observed, aligned, misaligned = (float(series[-1]) for series in curves)
     share = (observed - misaligned) / (aligned - misaligned)
     near = "below misaligned" if share < 0 else "nearer misaligned" if share < 0.5 else "nearer aligned"
     steps = blocks["step"].values
@@ -158,10 +162,10 @@ def slopes_of(folder: str | Path, settings: Settings, text: str | None = None) -
     """
     model = trained_model(folder, text, torch.float64)
     tokens = characters(text, settings.length).held_out[:_SLOPE_WINDOWS]
-    found = saturate(model, tokens, _SCALES, positions=16)["saturation"].to_dataset()
+    readings = saturate(model, tokens, _SCALES, positions=16)["saturation"].to_dataset()
     rows = []
     for activation, name in _SLOPES.items():
-        slope = found[name].sel(scale=_SCALES[0]).values if name in found else np.array(np.nan)
+        slope = readings[name].sel(scale=_SCALES[0]).values if name in readings else np.array(np.nan)
         ends = {"slope": slope.mean(), "low": slope.min(), "high": slope.max()}
         expected = EXPECTED_SLOPES[settings.norm][activation]
         rows.append({"run": settings.name, "activation": activation, **ends, "expected": expected})

@@ -21,7 +21,7 @@ from metaint.labs.common.side_by_side import Diverged
 from metaint.labs.norm_growth.findings import describe, facts_of_run, print_findings, slopes_of
 from metaint.labs.norm_growth.run import seconds, settings_of, train_run
 from metaint.labs.norm_growth.settings import NORMS, OPTIMISERS, Settings, characters
-from metaint.scans.store import write_text
+from metaint.scans.whole import write_text
 
 _FEWEST_STEPS = 30
 # Of the minutes, what is left for opening models, measuring slopes and drawing.

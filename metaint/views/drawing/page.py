@@ -12,7 +12,7 @@ from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from metaint.errors import InputError
-from metaint.scans.store import write_text
+from metaint.scans.whole import write_text
 from metaint.views.drawing.panels import WIDTH
 from metaint.views.drawing.view import POLICY
 

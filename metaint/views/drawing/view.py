@@ -6,7 +6,7 @@ In: HTML and the scripts that draw it. Out: a `View`.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from metaint.scans.store import write_text
+from metaint.scans.whole import write_text
 
 # In the head of every page that is written: whatever stands in it, nothing is fetched.
 POLICY = (

@@ -23,7 +23,7 @@ from metaint.models.protocol import Model
 from metaint.models.tokens import check_tokens, encoded
 from metaint.probes.heads import HeadProbe
 from metaint.scans.labels import heads_of
-from metaint.scans.store import whole_folder
+from metaint.scans.whole import whole_folder
 from metaint.views.export.headvis_examples import (
     EXAMPLES,
     INTERVALS,

@@ -14,14 +14,15 @@ import pandas as pd
 import xarray as xr
 
 from metaint.errors import InputError, StoreError
+from metaint.scans.outgoing import cell, writable
 from metaint.views.groups.catalogue import VIEWS
 
 Tables = dict[str, pd.DataFrame]
 
 _PAIR = ("layer", "head", "layer_to", "head_to")
 _WRITERS: dict[str, Callable[[pd.DataFrame, Path], Any]] = {
-    "csv": lambda table, path: table.to_csv(path, index=False),
-    "parquet": lambda table, path: table.to_parquet(path, index=False),
+    "csv": lambda table, path: csv_safe(table).to_csv(path, index=False),
+    "parquet": lambda table, path: _with_texts(table, writable).to_parquet(path, index=False),
 }
 
 
@@ -93,6 +94,21 @@ def save_tables(scan: xr.DataTree, folder: str | Path, format: str = "csv") -> l
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def csv_safe(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose texts and column names UTF-8 can write and no spreadsheet runs as formulas."""
+    return _with_texts(table, cell)
+
+
+def _with_texts(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    """A table with every text in it changed; numbers stay as they are."""
+
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, str) else value
+
+    texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+    return table.assign(**{name: table[name].map(changed) for name in texts}).rename(columns=changed)
+
+
 def _groups(scan: xr.DataTree) -> list[str]:
     """The groups, those of our own probes first: a store gives them back in any order."""
     names = sorted(str(name) for name in scan.children)
@@ -159,6 +175,7 @@ def _numbered(table: pd.DataFrame) -> pd.DataFrame:
 def _attributes(scan: xr.DataTree) -> pd.DataFrame:
     attributes = {"": scan.attrs, **{name: scan[name].attrs for name in _groups(scan)}}
     rows = [(group, str(name), _text(value)) for group, of in attributes.items() for name, value in of.items()]
+    rows = [tuple(map(writable, row)) for row in rows]  # pandas itself refuses half of a pair
     return pd.DataFrame(rows, columns=["group", "name", "value"])
 
 

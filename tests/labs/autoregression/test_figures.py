@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from metaint.errors import InputError
-from metaint.labs.autoregression import figures as views
+from metaint.labs.autoregression import comparison_figures as compared, figures as views
 from metaint.views.drawing.page import write_page
 
 STEPS, POSITIONS, REFERENCES = [0, 4, 16], [1, 2, 3, 4], ["truth", "gradient_step", "least_squares"]
@@ -95,7 +95,7 @@ def test_agreement_is_of_the_longest_context_that_was_read() -> None:
 
 def test_depth_stands_beside_gradient_descent() -> None:
     table = details(model=["linear", "linear", "released"], heads=1, layers=[1, 2, 1], same_loss=[0.3, 0.2, 0.1])
-    figure: Any = views.plot_depth(table, {1: 0.25, 2: 0.15})
+    figure: Any = compared.plot_depth(table, {1: 0.25, 2: 0.15})
     assert list(named(figure, "gradient descent").y) == [0.25, 0.15]
     assert list(named(figure, "linear").y) == [0.3, 0.2]
     assert list(named(figure, "released").x) == [1]
@@ -105,7 +105,7 @@ def test_steps_stand_beside_the_optimum() -> None:
     table = details(
         model=["diagonal", "diagonal", "free"], length=[3, 6, 6], step=[0.2, 0.1, 0.3], loss=[0.5, 0.4, 0.3]
     )
-    figure: Any = views.plot_steps(table)
+    figure: Any = compared.plot_steps(table)
     eta, loss = named(figure, "predicted, 1 / (T + 2)"), named(figure, "predicted, 3 / (T + 2)")
     assert list(eta.x) == [2, 3, 4, 5, 6]
     assert eta.y.tolist() == pytest.approx([1 / (T + 2) for T in range(2, 7)])
@@ -118,7 +118,7 @@ def test_steps_stand_beside_the_optimum() -> None:
 def test_the_staircase(setting: str, minima: list[float]) -> None:
     few = setting == "orthogonal"
     table = details(setting=setting, heads=[1, 5], loss=[3.01, 0.02], reached=[1.0, 0.25 if few else 0.75])
-    figure: Any = views.plot_staircase(table)
+    figure: Any = compared.plot_staircase(table)
     assert list(figure.data[0].y) == minima
     assert list(named(figure, "trained").y) == [3.01, 0.02]
     assert list(named(figure, "reached").y) == [1.0, 0.25 if few else 0.75]
@@ -126,7 +126,7 @@ def test_the_staircase(setting: str, minima: list[float]) -> None:
 
 
 def test_maps_share_their_colours() -> None:
-    figure: Any = views.plot_maps({"a": np.eye(2), "b": np.ones((3, 2))}, "Two", "How to read: it.", "told", limit=2)
+    figure: Any = compared.plot_maps({"a": np.eye(2), "b": np.ones((3, 2))}, "Two", "How to read: it.", "told", limit=2)
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-2, 2)
     assert [trace.z.shape for trace in figure.data] == [(2, 2), (3, 2)]
     titles = {note.text for note in figure.layout.annotations} - {caption(figure)}
@@ -134,7 +134,7 @@ def test_maps_share_their_colours() -> None:
 
 
 def test_rows_are_drawn_with_what_is_predicted() -> None:
-    figure: Any = views.plot_rows({"mu = 5": (np.array([0.1, 0.2]), np.array([0.15, 0.25]))})
+    figure: Any = compared.plot_rows({"mu = 5": (np.array([0.1, 0.2]), np.array([0.15, 0.25]))})
     measured, predicted = figure.data
     assert (list(measured.x), list(measured.y), list(predicted.y)) == ([1, 2], [0.1, 0.2], [0.15, 0.25])
 
@@ -143,7 +143,7 @@ def test_rows_are_drawn_with_what_is_predicted() -> None:
     ("draw", "sentence"),
     [
         (lambda: views.plot_losses({}, {}), "recordings is empty: give at least one."),
-        (lambda: views.plot_maps({}, "", ""), "maps is empty: give at least one matrix."),
+        (lambda: compared.plot_maps({}, "", ""), "maps is empty: give at least one matrix."),
         (
             lambda: views.plot_positions({"a": xr.DataTree()}),
             "the recording a has no /training and /recurrence: give those of the lab.",
@@ -162,7 +162,7 @@ def test_every_caption_says_how_to_read_and_names_are_no_html(tmp_path: Any) -> 
         "losses": views.plot_losses(evil, {"<b>one</b>": 0.5}),
         "positions": views.plot_positions(evil),
         "agreement": views.plot_agreement(evil),
-        "rows": views.plot_rows({"<b>": (np.ones(2), np.ones(2))}),
+        "rows": compared.plot_rows({"<b>": (np.ones(2), np.ones(2))}),
     }
     for figure in figures.values():
         assert caption(figure).startswith("How to read: ")

@@ -20,7 +20,7 @@ from metaint.labs.autoregression.settings import Settings
 from metaint.labs.autoregression.training import Starts
 from metaint.labs.common.resumable import RECORDING
 from metaint.labs.common.side_by_side import Diverged
-from metaint.measures.autoregression import augmented_optimum, regression_optimum, unitary_loss
+from metaint.measures.closed_forms import augmented_optimum, regression_optimum, unitary_loss
 from metaint.measures.recurrence import positional_rows
 from metaint.scans.recordings import read_recording
 from metaint.toys.linear_attention import gradient_step, linear_attention, regression_step

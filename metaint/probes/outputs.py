@@ -1,0 +1,284 @@
+"""`OutputProbe`: what each head writes, in the same pass that tells where it looks, folded into `/outputs`."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
+
+from metaint.errors import ActivationError, InputError
+from metaint.measures import outputs
+from metaint.measures.attention import HEAD_MEASURES, Measure, resolve
+from metaint.measures.tile import Context
+from metaint.models.describe import Shape
+from metaint.models.heads import repeat_heads
+from metaint.models.inputs import InputWatch
+from metaint.models.protocol import Model
+from metaint.models.reading import widen
+from metaint.models.writing import Layer, Writing, stamp, writing_of
+from metaint.probes.means import Means, as_dataset
+from metaint.probes.outputs_variables import variables_of, written
+from metaint.probes.plan import Plan, plans_of
+from metaint.probes.probe import Probe
+from metaint.probes.stream import Rows, precise, widened_copy
+from metaint.probes.value_weights import share_on_targets
+
+_KINDS = tuple(measure for measure in HEAD_MEASURES if measure.form == "kind")
+
+
+class OutputProbe(Probe):
+    """Reads what every head writes: how much, from where, along the stream or across it, and what it says.
+
+    `kinds` are those of `/heads` to weigh by values (names, decorated functions, or None for all): each weight times
+    the length of its value through W_O, over the row's sum (Kobayashi et al. 2020, 2004.10102). Biases of W_O are no
+    head's and left out, and lengths are those before a norm that follows attention (Gemma-2).
+
+    At `positions` of each sequence, sampled by `seed` and never position 0, it reads what a write does to the stream
+    and to the logits of the tokens that the head looks at: direct logit attribution, with the length that the final
+    norm divides by frozen as it was at that position, before any soft cap. That is NaN where writes don't reach the
+    unembedding as they are (post-norm). 0 positions leave it out, with its cost: two products of [positions, d_model]
+    for each head, with W_O and with the unembedding of the context's tokens. Position 0 does not count, as a query
+    or as what a head says. Passes that continue a cache are left out.
+
+    State: about fifty numbers for each sequence, layer and head. Raises InputError for measures that are no kinds and
+    a negative number of positions, HookAuditError where hooks or W_O aren't what their names say, ActivationError for
+    NaN or infinity.
+
+    >>> import metaint
+    >>> from metaint.toys.small import small_transformer
+    >>> sizes = {"n_layers": 2, "n_heads": 2, "d_model": 8, "d_mlp": 16, "d_vocab": 30, "n_ctx": 20}
+    >>> model = small_transformer(norm="pre", **sizes)
+    >>> scan = metaint.scan(model, probes=[metaint.HeadProbe(), metaint.OutputProbe()])
+    >>> scan["outputs"]["output_share"].mean("head").round(3).values.tolist()
+    [1.0, 1.0]
+    """
+
+    group = "outputs"
+    audits = ("pattern_fires", "pattern_rows", "value_mix", "output_sum")
+
+    heads: list[Float[Tensor, "sequence slot layer head"]]
+    tokens_seen: Tensor
+    # Of the pass that is being read.
+    _rows: Rows
+    _plans: list[Plan]
+    _context: Context
+    _columns: Float[Tensor, "batch key d_model"] | None
+
+    def __init__(self, kinds: Iterable[str | Measure] | None = None, *, positions: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        self.kinds = list(resolve(_KINDS if kinds is None else kinds))
+        shapes = [measure.name for measure in self.kinds if measure.form != "kind"]
+        if shapes:
+            raise InputError(f"kinds has {shapes[0]!r}, a statistic, which no value weighs: give kinds of heads alone.")
+        if positions < 0:
+            raise InputError(f"positions is {positions}: give 0, which leaves out what heads say, or more.")
+        self.positions, self.seed = positions, seed
+        self._variables = variables_of(self.kinds)
+        self._means = Means(self._variables)
+        self.add_state("heads", [], dist_reduce_fx="cat")
+        self.add_state("tokens_seen", torch.zeros(()), dist_reduce_fx="sum")
+        self._read_weights: Callable[[tuple[int, Writing] | None], tuple[int, Writing]] | None = None
+        self._weights: tuple[int, Writing] | None = None
+        # Of the layer that is being read, by name, and of the sampled rows of all layers.
+        self._held: dict[str, Tensor] = {}
+        self._said: list[tuple[int, int, outputs.Said]] = []
+
+    def prepare(self, model: Model) -> None:
+        super().prepare(model)
+        self._read_weights = partial(_weights_of, model, self.positions > 0)
+        self._weights = self._read_weights(None)
+
+    def hook_names(self, shape: Shape) -> list[str]:
+        stream = ["hook_resid_pre"] if self.positions else []
+        parts = [*stream, "attn.hook_v", "attn.hook_pattern", "attn.hook_z"]
+        names = [f"blocks.{layer}.{part}" for layer in range(shape.n_layers) for part in parts]
+        return [*names, f"blocks.{shape.n_layers - 1}.hook_resid_post"] if self.positions else names
+
+    def update(self, name: str, activation: Tensor, watch: InputWatch) -> None:
+        """Fold in one activation; what needs several of a layer waits for the last of them."""
+        if self.opens_pass(name, watch):
+            self._begin(activation, watch)
+        if self._rows.past:
+            return
+        _, number, *_, part = name.split(".")
+        layer, weights = int(number), self._writing.layers[int(number)]
+        if part == "hook_resid_pre":
+            self._held = {"stream": widened_copy(self._rows.pick(activation))}
+        elif part == "hook_v":
+            value = repeat_heads(widen(activation), self.shape.n_heads, 2)
+            self._held["lengths"] = torch.linalg.vector_norm(outputs.through(value, weights.factor), dim=-1).mT
+            first = value[torch.arange(len(value), device=value.device), self._context.first]
+            self._held["first"] = outputs.through(first[:, None], weights.factor)
+            self._fold_values(layer, self._held["lengths"])
+        elif part == "hook_pattern":
+            self._fold_pattern(layer, activation)
+        elif part == "hook_z":
+            self._held["z"] = widen(activation)
+        else:
+            self._fold_said(activation)
+        if {"z", "on_first"} <= set(self._held):  # in either order: BERT's bridge tells of the pattern last
+            self._fold_writes(layer, weights)
+            self._held = {}
+
+    @property
+    def _writing(self) -> Writing:
+        assert self._weights is not None
+        return self._weights[1]
+
+    def _begin(self, activation: Tensor, watch: InputWatch) -> None:
+        """A forward pass starts: learn its inputs, make room for its sequences, read weights that have changed."""
+        rows = Rows.of(activation.flatten(2), watch, self.positions, self.seed)
+        self._rows, self._held, self._said, self._columns = rows, {}, [], None
+        if rows.past:
+            return
+        assert self._read_weights is not None
+        self._weights = self._read_weights(self._weights)  # again where an optimiser has stepped since
+        batch, queries = rows.real.shape
+        device = activation.device
+        self._context = Context(torch.arange(queries, device=device), rows.real, rows.tokens, self.shape.causal)
+        self._plans = plans_of(self.kinds, self._context, self.shape)
+        vocabulary = self._writing.vocabulary
+        if vocabulary is not None and rows.tokens is not None:
+            self._columns = vocabulary.columns(rows.tokens)
+        size = (batch, self.shape.n_layers, self.shape.n_heads)
+        self.heads.append(self._means.room(*size, dtype=precise(device), device=device))
+        self.tokens_seen = self.tokens_seen + rows.real.sum()
+
+    def _add(self, layer: int, **sums: Float[Tensor, "batch head"]) -> None:
+        state = self.heads[-1]
+        for name, value in sums.items():
+            self._means.of(state, name)[:, layer] += value.to(state.dtype)
+
+    # ---- each layer ----
+
+    def _fold_values(self, layer: int, lengths: Float[Tensor, "batch head key"]) -> None:
+        context = self._context
+        drain = outputs.drain_at_first(lengths, context.first, context.mask)
+        if not bool(drain.others.isfinite().all() & drain.missing.isfinite().all()):
+            raise ActivationError(
+                f"blocks.{layer}.attn.hook_v holds NaN or infinity: the weights or the activations before it overflow "
+                "(try a wider dtype)."
+            )
+        self._add(layer, missing=drain.missing, values=drain.others)
+
+    def _fold_pattern(self, layer: int, pattern: Float[Tensor, "batch head query key"]) -> None:
+        """Weigh the kinds by values, and keep what the pattern is wanted for later: position 0 and the sample."""
+        rows, context = torch.arange(len(pattern), device=pattern.device), self._context
+        self._held["on_first"] = widen(pattern[rows, :, :, context.first])
+        if self._columns is not None:
+            self._held["pattern"] = widen(pattern[rows[:, None], :, self._rows.index]).transpose(1, 2)
+        lengths = self._held["lengths"]
+        total = outputs.weighted_rows(pattern, lengths)
+        kinds = share_on_targets(self._plans[layer], pattern, lengths, total, self.heads[-1].dtype)
+        for kind, shares, counts in zip(self.kinds, *kinds, strict=True):
+            self._add(layer, **{written(kind): shares, f"{written(kind)} queries": counts})
+
+    def _fold_writes(self, layer: int, weights: Layer) -> None:
+        """How long writes are and what of them comes from position 0, over all queries; the rest at the sample."""
+        held, counted = self._held, self._context.counted[..., None]
+        output = outputs.through(held["z"], weights.factor)
+        length = torch.linalg.vector_norm(output, dim=-1) * counted
+        z = torch.linalg.vector_norm(held["z"], dim=-1) * counted
+        from_first = (held["first"] * output).sum(-1) * held["on_first"].mT * counted
+        full = precise(output.device)
+        sums = {"output_norm": length, "z": z, "from_first": from_first, "energy": length.square()}
+        summed = {name: value.sum(1, dtype=full) for name, value in sums.items()}
+        summed["queries"] = counted.sum(1, dtype=full).expand_as(summed["z"])
+        for name, of in (("output_of_layer", "output_norm"), ("z_of_layer", "z")):
+            summed[name] = summed[of].mean(-1, keepdim=True).expand_as(summed[of])
+        self._add(layer, **summed)
+        if self.positions:
+            self._fold_sample(layer, weights)
+
+    def _fold_sample(self, layer: int, weights: Layer) -> None:
+        """The sampled writes beside the stream, and what they say, one sequence at a time."""
+        z = self._rows.pick(self._held["z"])
+        for b, sampled in enumerate(self._rows.sampled):
+            writes = weights.writes(z[b, sampled])
+            stream = self._held["stream"][b, sampled]
+            stream = stream / torch.linalg.vector_norm(stream, dim=-1, keepdim=True).clamp(min=1e-30)
+            along = (writes * stream[:, None]).sum(-1)
+            across = torch.linalg.vector_norm(writes - along[..., None] * stream[:, None], dim=-1)
+            added = {"along_stream": along, "across_stream": across, "samples": torch.ones_like(along)}
+            for name, values in added.items():
+                self._means.of(self.heads[-1], name)[b, layer] += values.sum(0)
+            if self._columns is not None:
+                self._said.append((layer, b, self._say(b, writes)))
+
+    def _say(self, b: int, writes: Float[Tensor, "sample head d_model"]) -> outputs.Said:
+        vocabulary, columns = self._writing.vocabulary, self._columns
+        assert vocabulary is not None
+        assert columns is not None
+        sampled = self._rows.sampled[b]
+        visible = self._visible(b)
+        followed = visible & visible.roll(-1, -1)
+        followed[:, -1] = False
+        pattern = self._held["pattern"][b][:, sampled]
+        spread = vocabulary.spread(writes)
+        return outputs.said(writes, pattern, columns[b], spread, visible, followed)
+
+    def _visible(self, b: int) -> Bool[Tensor, "sample key"]:
+        """The keys that a sequence's sampled queries see, but position 0."""
+        context = self._context
+        places = self._rows.index[b, self._rows.sampled[b]]
+        visible = context.mask[b].expand(len(places), -1).clone()
+        if context.causal:
+            visible &= torch.arange(visible.shape[1], device=places.device) <= places[:, None]
+        visible[:, context.first[b]] = False
+        return visible
+
+    def _fold_said(self, stream: Float[Tensor, "batch query d_model"]) -> None:
+        """The last stream tells what the final norm divides by, and with it what the writes of the pass say."""
+        if self._columns is None:
+            return
+        assert self._writing.vocabulary is not None
+        norm = self._writing.vocabulary.readout.norm
+        sample = widened_copy(self._rows.pick(stream))
+        scale = torch.ones_like(sample[..., 0]) if norm is None else norm.scale(sample)[..., 0]
+        for layer, b, said in self._said:
+            per = 1 / scale[b, self._rows.sampled[b]]
+            sums = {
+                "copying": said.looked_at * per,
+                "copying_null": said.looked_at_null * per,
+                "weight": said.weight,
+                "copying_spread": said.spread * per,
+                "following": said.following * per,
+                "following_null": said.following_null * per,
+                "following_weight": said.following_weight,
+                "following_spread": said.following_spread * per,
+            }
+            for name, values in sums.items():
+                self._means.of(self.heads[-1], name)[b, layer] += values.sum(-1)
+        self._said = []
+
+    # ---- results ----
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to one pass or one model, which `prepare` and the next pass bring again."""
+        return {**super().__getstate__(), "_read_weights": None, "_weights": None, "_held": {}, "_said": []}
+
+    def compute(self) -> dict[str, Float[Tensor, "layer head"]]:
+        """Every variable of `/outputs` by name; what was not read is NaN."""
+        if len(self.heads) == 0:
+            return {}
+        return self._means.compute(dim_zero_cat(self.heads).cpu(), "layer", "head")
+
+    def to_dataset(self) -> xr.Dataset:
+        values = self.compute()
+        if not values:
+            return xr.Dataset(attrs={"tokens_seen": 0, "sequences": 0})
+        coords = {"layer": range(self.shape.n_layers), "head": range(self.shape.n_heads)}
+        data = as_dataset(values, self._variables, coords)
+        sequences = sum(len(block) for block in self.heads)
+        data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences, positions=self.positions)
+        return data
+
+
+def _weights_of(model: Model, says: bool, known: tuple[int, Writing] | None) -> tuple[int, Writing]:
+    """The model's weights with their stamp; those that are known, if nothing has changed them since."""
+    now = stamp(model)
+    return known if known is not None and known[0] == now else (now, writing_of(model, says))
