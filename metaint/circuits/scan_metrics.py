@@ -5,7 +5,7 @@ at hook_pattern of each pass with the very code by which `HeadProbe` reads it.
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from metaint.errors import InputError
 from metaint.measures.attention import HEAD_MEASURES, Measure
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.invariants import pattern_hook
-from metaint.probes.heads import HeadProbe, Plan, check_rows
+from metaint.probes.heads import HeadProbe, check_rows
+from metaint.probes.plan import Plan, fitting_windows
 from metaint.probes.probe import Hook, quietly
 from metaint.probes.stream import precise
 
@@ -116,7 +117,7 @@ class Patterns:
         self.probe = HeadProbe([metric.measure])
         self.measure = metric.measure
         self.slot = 0 if metric.tau is None else TAUS.index(metric.tau)
-        self.causal = subject.shape.causal
+        self.shape = subject.shape
         self.heads = _heads(metric, subject)
 
     @property
@@ -125,7 +126,15 @@ class Patterns:
         return max(self.heads)
 
     def reader(self, tokens: Int[Tensor, "batch position"]) -> "Reader":
-        return Reader(self, Plan.of(self.probe.kinds, Context.whole(tokens, causal=self.causal)))
+        windows = fitting_windows(self.shape, tokens.shape[1])
+        read = sorted({windows[layer] for layer in self.heads})
+        if len(read) > 1:
+            raise InputError(
+                f"layers of the metric see {' and '.join(str(window or 'all') for window in read)} keys back: name "
+                "layers of one attention window, or give shorter sequences."
+            )
+        context = Context.whole(tokens, causal=self.shape.causal)
+        return Reader(self, Plan.of(self.probe.kinds, replace(context, window=read[0])))
 
     def weights(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, " batch"]:
         """What each sequence counts in a mean: its queries for which the variable is defined, on the CPU."""

@@ -78,7 +78,9 @@ def windows_of(model: Model) -> tuple[int, ...]:
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     kinds = kinds or getattr(cfg, "attn_types", None) or []
     size = getattr(config, "sliding_window", None) or getattr(cfg, "window_size", None) or 0
-    local = [kind in ("sliding_attention", "local") for kind in kinds] or [False] * cfg.n_layers
+    # A configuration that has a window and no list of its layers, such as Mistral's, has it in every layer.
+    everywhere = bool(size) and bool(getattr(config, "use_sliding_window", config is not None))
+    local = [kind in ("sliding_attention", "local") for kind in kinds] or [everywhere] * cfg.n_layers
     return tuple(int(size) if here else 0 for here in local[: cfg.n_layers])
 
 
