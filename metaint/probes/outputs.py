@@ -225,27 +225,26 @@ class OutputProbe(Probe):
             for name, values in added.items():
                 self._means.of(self.heads[-1], name)[b, layer] += values.sum(0)
             if self._columns is not None:
-                self._said.append((layer, b, self._say(b, writes)))
+                self._said.append((layer, b, self._say(layer, b, writes)))
 
-    def _say(self, b: int, writes: Float[Tensor, "sample head d_model"]) -> outputs.Said:
+    def _say(self, layer: int, b: int, writes: Float[Tensor, "sample head d_model"]) -> outputs.Said:
         vocabulary, columns = self._writing.vocabulary, self._columns
         assert vocabulary is not None
         assert columns is not None
         sampled = self._rows.sampled[b]
-        visible = self._visible(b)
+        visible = self._visible(layer, b)
         followed = visible & visible.roll(-1, -1)
         followed[:, -1] = False
         pattern = self._held["pattern"][b][:, sampled]
         spread = vocabulary.spread(writes)
         return outputs.said(writes, pattern, columns[b], spread, visible, followed)
 
-    def _visible(self, b: int) -> Bool[Tensor, "sample key"]:
+    def _visible(self, layer: int, b: int) -> Bool[Tensor, "sample key"]:
         """The keys that a sequence's sampled queries see, but position 0."""
-        context = self._context
+        context = self._plans[layer].context
         places = self._rows.index[b, self._rows.sampled[b]]
-        visible = context.mask[b].expand(len(places), -1).clone()
-        if context.causal:
-            visible &= torch.arange(visible.shape[1], device=places.device) <= places[:, None]
+        keys = torch.arange(context.mask.shape[1], device=places.device)
+        visible = context.mask[b] & context.within(places[:, None], keys)
         visible[:, context.first[b]] = False
         return visible
 

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from metaint.errors import InputError
 from metaint.measures.attention import HEAD_MEASURES
+from metaint.scans.evidence import evidence
 from metaint.scans.finding import Scan
-from metaint.scans.labels import THRESHOLDS, evidence, heads_of, label_heads, telling_heads
+from metaint.scans.labels import THRESHOLDS, heads_of, label_heads, telling_heads
 from metaint.views.drawing.terminal import cell_width, number, plain_table
 from metaint.views.groups.group_view import group_json
 
@@ -99,25 +100,45 @@ def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled hea
     total = len(set(labels["head"]))
     if named.empty:
         console.print(f"None of the {total} heads earns a label.")
+        _print_not_judged(console, labels)
         return
     count = len(set(named["head"]))
     table = plain_table(f"{title}: {count} of {total}", tight=console.width < 90)
     for name in ("head", "label"):
         table.add_column(name, no_wrap=True)
-    for name in ("score", "interval", "uniform", "null", "margin", "on first"):
+    columns = ["score", "interval", "off sink", "uniform", "null", "on first"]
+    if written := bool(named["output_share"].notna().any()):
+        columns += ["written", "share"]
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in named.to_dict("records"):
         interval = "" if math.isnan(row["low"]) else f"{number(row['low'])}–{number(row['high'])}"
         null = "" if math.isnan(row["null_mean"]) else number(row["null_mean"])
         null += "" if math.isnan(row["null_std"]) else f" ± {number(row['null_std'])}"
-        numbers = (interval, number(row["uniform"]), null, number(row["margin"]), number(row["on_first"]))
-        table.add_row(row["head"], row["label"], f"[bold]{number(row['score'])}[/]", *numbers)
+        label = row["label"] + ("?" if row["borderline"] else "")
+        cells = [number(row["score"]), interval, number(row["off_sink"]), number(row["uniform"]), null]
+        cells.append(number(row["on_first"]))
+        if written:
+            cells += [number(row["written"]), number(row["output_share"])]
+        table.add_row(row["head"], label, f"[bold]{cells[0]}[/]", *cells[1:])
     console.print(table)
-    console.print(
-        "[dim]interval: 95 %, by resampling sequences; uniform: what even attention scores on these tokens; "
-        "null: the same rows read at random other keys (for averaging: the model's typical head); "
-        "on first: weight on position 0, the attention sink.[/]\n"
+    words = (
+        "interval: 95 %, by resampling sequences; off sink: of the weight beside position 0, of which a label asks; "
+        "uniform: what even attention scores on these tokens; null: the same rows read at random other keys "
+        "(averaging: the other heads of the layer); on first: weight on position 0, the attention sink; ?: other "
+        "tokens may undo it"
     )
+    if written:
+        words += "; written: the score weighted by values; share: length written, over the layer's mean"
+    console.print(f"[dim]{words}.[/]")
+    _print_not_judged(console, labels)
+    console.print()
+
+
+def _print_not_judged(console: Console, labels: pd.DataFrame) -> None:
+    """The labels that these tokens can't tell, with the reason."""
+    for label, reason in labels.attrs["not_judged"].items():
+        console.print(f"[dim]No head is judged as {label}: {reason}[/]")
 
 
 def print_telling(console: Console, scan: xr.DataTree, on_text: xr.DataTree, most: int = 15) -> None:
@@ -131,20 +152,24 @@ def print_telling(console: Console, scan: xr.DataTree, on_text: xr.DataTree, mos
     table = plain_table(f"The {len(chosen)} most telling heads", tight=console.width < 90)
     for name in ("head", "label"):
         table.add_column(name, no_wrap=True)
-    for name in ("score", "interval", "uniform", "null", "on text"):
+    for name in ("score", "interval", "uniform", "null", "off sink", "on text"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("labels on text")
     for row in chosen.to_dict("records"):
         interval = f"{number(row['low'])}–{number(row['high'])}"
-        on_text_score = float(others[row["label"]].score[row["layer"], row["index"]])
-        numbers = (interval, number(row["uniform"]), number(row["null_mean"]), number(on_text_score))
+        on_text_score = "–"
+        if row["label"] in others:
+            on_text_score = number(float(others[row["label"]].asked.value[row["layer"], row["index"]]))
+        off_sink = number(row["off_sink"])
+        numbers = (interval, number(row["uniform"]), number(row["null_mean"]), off_sink, on_text_score)
         score = f"[bold]{number(row['score'])}[/]"
         table.add_row(row["head"], row["label"], score, *numbers, also.get(row["head"], "–"))
     console.print(table)
     console.print(
         "[dim]score: share of attention on the tokens of this kind, of repeated random tokens, where the kind is "
         "defined; interval: 95 %, by resampling sequences; uniform: what even attention scores there; null: the same "
-        "rows read at random other keys; on text: the same on prose (induction as prefix match).[/]\n"
+        "rows read at random other keys; off sink: the share of the weight beside position 0; on "
+        "text: the same on prose (induction at matches whose continuation repeats).[/]\n"
     )
 
 
