@@ -62,7 +62,7 @@ def label_heads(
     - `induction`: likewise, of the stripe on repeated tokens; where the tokens do not repeat, of
       `prefix_match_correct`, the matches whose continuation repeats, if there are 50 of them in two sequences.
     - `sink`: `first_token`.
-    - `local`: `local_mass`, unless more than half of it is on the previous or the current token alone.
+    - `local`: likewise, of `local_mass`, unless more than half of it is on the previous or the current token alone.
     - `averaging`: uniform is the ideal here and also what an untrained head does, so the null is the median of the
       other heads of the layer (of the model, where a layer has one head), and an averaging head departs from uniform
       at most a quarter as far. Where all heads of a layer average alike, as before training, none gets this label.
