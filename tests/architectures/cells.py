@@ -164,8 +164,9 @@ def _scores(subject: Subject, scan: Any, run: Run, mask: Tensor) -> Iterator[tup
     if len(run.attentions) != len(subject.reference.attends):
         raise NoReference(f"transformers tells the attention of {len(run.attentions)} layers")
     expected = {name: np.full(shape, np.nan) for name in (*KINDS, *STATISTICS)}
-    for layer, attention in zip(subject.reference.attends, run.attentions, strict=True):
-        window = _window(attention) if subject.causal else len(subject.tokens[0])
+    runs = zip(subject.reference.attends, run.attentions, subject.clean.attentions, strict=True)
+    for layer, attention, clean in runs:
+        window = _window(clean) if subject.causal else len(subject.tokens[0])
         for head in range(shape[1]):
             for name, value in _plain_scores(subject, attention[:, head].tolist(), mask, window).items():
                 expected[name][layer, head] = value
