@@ -89,6 +89,7 @@ def _measured(heads: xr.Dataset) -> tuple[list[str], list[str]]:
     """The scores that were measured, our own first, and at the shown tau those that have one for each tau."""
     known = [measure.name for measure in HEAD_MEASURES]
     counted = [str(name)[: -len("_count")] for name in heads if str(name).endswith("_count")]
+    counted = [name for name in counted if "lag" not in heads[name].dims]
     names = sorted(counted, key=lambda name: known.index(name) if name in known else len(known))
     scores = [name for name in names if "tau" not in heads[name].dims]
     return scores, [_with_tau(name) for name in names if "tau" in heads[name].dims]
