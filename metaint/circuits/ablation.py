@@ -18,6 +18,7 @@ from metaint.circuits.metrics import MetricFunction
 from metaint.circuits.parts import Named, chosen_parts, named_sets
 from metaint.circuits.scan_metrics import ScanMetric
 from metaint.circuits.subject import subject_of
+from metaint.errors import door
 from metaint.models.audit import require
 from metaint.models.describe import Shape
 from metaint.models.protocol import Model
@@ -32,6 +33,7 @@ _VARIABLES = {
 }
 
 
+@door
 def ablate(
     model: Model,
     tokens: Int[Tensor, "batch position"] | str | None = None,

@@ -15,7 +15,7 @@ import pandas
 import torch
 from torch import Tensor
 
-from metaint.errors import HookAuditError, InputError, MetaintError, ModelError
+from metaint.errors import HookAuditError, InputError, MetaintError, ModelError, door
 from metaint.models import invariants, layout
 from metaint.models.describe import attending_layers, check_open
 from metaint.models.direction import learn_direction, sharing_half
@@ -91,6 +91,7 @@ _WEIGHT_HOOKS += ["ln2.hook_normalized", "hook_mlp_out", "hook_resid_post"]
 _cache: WeakKeyDictionary[Any, dict[tuple[Any, ...], list[Finding]]] = WeakKeyDictionary()
 
 
+@door
 def audit(model: Model, refresh: bool = False) -> pandas.DataFrame:
     """Which of the checks hold on this model: one row each, in the order of `CHECKS`.
 

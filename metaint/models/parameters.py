@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.describe import check_open, weight_processing
 from metaint.models.protocol import Model
 from metaint.models.swapped import Swapped, copies_of
@@ -127,6 +127,7 @@ def quantised(model: Model, parameters: Mapping[str, Tensor]) -> str:
     return first or ("by its configuration" if getattr(config, "quantization_config", None) is not None else "")
 
 
+@door
 def scaled(model: Model, c: float, select: Select = "all", *, allow_folded: bool = False) -> Swapped:
     """Multiply parameters by `c` inside the block; afterwards they are bit for bit as before, however it ends.
 

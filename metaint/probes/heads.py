@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import ActivationError
+from metaint.errors import ActivationError, door
 from metaint.measures.attention import Measure, resolve, shuffled, sink_mass, sink_rate
 from metaint.measures.resampling import bootstrap_interval
 from metaint.measures.tile import TAUS, Context, Tile
@@ -66,6 +66,7 @@ class HeadProbe(Probe):
     # Of the pass that is being read.
     _plans: list[Plan]
 
+    @door
     def __init__(
         self, measures: Iterable[str | Measure] | None = None, *, max_logit: bool = False, by_lag: bool = False
     ) -> None:

@@ -9,7 +9,7 @@ import xarray as xr
 from torch import Tensor
 from torchmetrics import Metric
 
-from metaint.errors import HookAuditError, InputError
+from metaint.errors import HookAuditError, InputError, door
 from metaint.models.audit import mistrust_of_mask, require
 from metaint.models.describe import Shape, facts_of, shape_of
 from metaint.models.inputs import InputWatch
@@ -59,6 +59,7 @@ class Probe(Metric):
     copies: int = 1
     reads_logits: bool = False
 
+    @door
     def __init__(self) -> None:
         super().__init__()
         self._shape: Shape | None = None

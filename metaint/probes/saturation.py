@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import ActivationError, InputError
+from metaint.errors import ActivationError, InputError, door
 from metaint.measures import norms, saturation
 from metaint.measures.sharpening import blocks, mix
 from metaint.measures.tile import TAUS, Context
@@ -74,6 +74,7 @@ class SaturationProbe(Probe):
     # Of the pass that is being read.
     _rows: Rows
 
+    @door
     def __init__(
         self,
         kappas: Sequence[float] = saturation.KAPPAS,

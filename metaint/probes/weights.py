@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.measures import growth
 from metaint.measures.composition import composition, composition_chance, read_factor, write_factor
 from metaint.models.audit import holds
@@ -76,6 +76,7 @@ class WeightProbe(Probe):
     scores: list[Float[Tensor, "reading score layer head"]]
     pairs: list[Float[Tensor, "reading pair layer head layer_to head_to"]]
 
+    @door
     def __init__(self, compare: bool = False) -> None:
         super().__init__()
         self.compare = compare

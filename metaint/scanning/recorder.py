@@ -21,7 +21,7 @@ import xarray as xr
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError, StoreError, door
 from metaint.models.describe import facts_of
 from metaint.models.protocol import Model
 from metaint.probes.probe import Probe
@@ -67,6 +67,7 @@ class Recorder:
     Frozen({'step': 2, 'layer': 1, 'head': 2})
     """
 
+    @door
     def __init__(
         self,
         model: Model,

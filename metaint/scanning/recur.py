@@ -14,7 +14,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.measures import recurrence
 from metaint.models.describe import check_open, is_causal
 from metaint.models.reading import steady
@@ -30,6 +30,7 @@ from metaint.scans.assemble import assemble
 _CHOSEN = 12
 
 
+@door
 def recur(
     model: Any,
     vectors: Inexact[Tensor, "batch position d"],

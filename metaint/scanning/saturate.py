@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.measures import norms, saturation
 from metaint.measures.positions import sample_positions
 from metaint.measures.resampling import bootstrap_interval
@@ -34,6 +34,7 @@ SCALES = tuple(2.0**i for i in range(11))
 PUBLISHED = 1000.0
 
 
+@door
 def saturate(
     model: Model,
     tokens: Tensor | str | None = None,

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.inputs import InputWatch, watching
 from metaint.models.parameters import check_finite
 from metaint.models.protocol import Model
@@ -67,6 +67,7 @@ def _attached(model: Model, probes: Sequence[Probe], private: bool) -> Iterator[
             yield
 
 
+@door
 def scan(
     model: Model,
     tokens: Int[Tensor, "batch position"] | str | None = None,
@@ -132,6 +133,7 @@ def chosen_probes(probes: Sequence[Probe] | None) -> list[Probe]:
     return chosen
 
 
+@door
 def read_cache(
     cache: Any,
     tokens: Int[Tensor, "batch position"] | None = None,

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.tasks.bigram_draws import LARGEST, Draws, draws_of, uniform_numbers
 from metaint.tasks.text import fold_prose, python_prose
 
@@ -264,6 +264,7 @@ class BigramTask:
         return draws_of(self.unigram, self.pairs, self.weights, self._pool)
 
 
+@door
 def bigram(
     text: str | None = None,
     *,

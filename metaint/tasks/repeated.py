@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 
 
+@door
 def repeated_tokens(
     vocab: int,
     length: int = 50,

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 
 _CHUNK = 20_000
 """Characters handed to a tokenizer at once where it would cut longer texts at the model's context length."""
 
 
+@door
 def text_windows(
     model: Any,
     text: str,
@@ -64,6 +65,7 @@ def text_windows(
     return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
 
 
+@door
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file.
 
@@ -90,6 +92,7 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+@door
 def alike_tokens(model: Any) -> Int[Tensor, " vocabulary"]:
     """A class for each token id: ids whose texts differ in case and in spaces around them share the lowest of them.
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaint.errors import ActivationError, HookAuditError, InputError
+from metaint.errors import ActivationError, HookAuditError, InputError, door
 from metaint.models.describe import check_open, is_causal
 from metaint.models.heads import head_of
 from metaint.models.protocol import Model
@@ -38,6 +38,7 @@ _CIRCUITSVIS_BYTES = 5e6
 _SOURCE = "The weights that the model attends with, read at TransformerLens's hook_pattern."
 
 
+@door
 def show_attention(
     model: Model,
     tokens: Int[Tensor, "*position"] | str,

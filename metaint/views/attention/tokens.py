@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.protocol import Model
 from metaint.models.tokens import encoded
 from metaint.views.drawing.view import View
@@ -23,6 +23,7 @@ _SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 LOW, MIDDLE, HIGH = np.array([[213, 94, 0], [255, 255, 255], [0, 114, 178]])
 
 
+@door
 def show_tokens(
     tokens: Sequence[str] | Int[Tensor, "*position"] | str,
     values: Float[Tensor, " position"] | Float[np.ndarray, " position"] | Sequence[float],

@@ -14,7 +14,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.views.circuit.words import figure as digits, unit_of
 from metaint.views.drawing.panels import (
     BLUE,
@@ -69,6 +69,7 @@ _BY_LAYER = (
 )
 
 
+@door
 def plot_ablation(ablation: xr.Dataset) -> go.Figure:
     """The effects of ablating parts: heads as a map, MLPs and whole layers of heads beside it, sets in a forest below.
 

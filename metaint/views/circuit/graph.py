@@ -16,7 +16,7 @@ import networkx
 from jaxtyping import Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.heads import head_of
 from metaint.models.protocol import Model
 from metaint.views.attention.patterns import show_attention
@@ -31,6 +31,7 @@ _SOURCE = (
 )
 
 
+@door
 def show_circuit(
     circuit: networkx.DiGraph,
     model: Model | None = None,

@@ -11,7 +11,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.scans.evidence import induction_source
 from metaint.scans.finding import Scan, one_group
 from metaint.scans.labels import label_heads
@@ -49,6 +49,7 @@ _ABOVE = 30
 _FEW = 24
 
 
+@door
 def plot_heads(scan: Scan, scores: Sequence[str] | None = None) -> go.Figure:
     """A map of each score, heads across and layers down, beside what uniform attention scores; labelled heads marked.
 

@@ -13,6 +13,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from rich.console import Console
 
+from metaint.errors import door
 from metaint.probes.inner import MOST_TOKENS
 from metaint.scans.finding import Scans, group_of, named_groups
 from metaint.views.drawing.panels import (
@@ -45,6 +46,7 @@ _LOSSES = (
 )
 
 
+@door
 def plot_inner(scans: Scans) -> go.Figure:
     """Loss and rank of the next token at every layer, how each step follows the loss's gradient, and length and loss.
 

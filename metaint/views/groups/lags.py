@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import xarray as xr
 from plotly import graph_objects as go
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.heads import head_among
 from metaint.scans.finding import Scan, one_group
 from metaint.scans.labels import telling_heads
@@ -22,6 +22,7 @@ _PANELS = {
 _SHOWN = 16
 
 
+@door
 def plot_lags(scan: Scan, heads: Sequence[str] | None = None) -> go.Figure:
     """Weight by lag of up to seven heads: from the query, and from where its token stood last.
 

@@ -12,6 +12,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.console import Console
 
+from metaint.errors import door
 from metaint.scans.finding import Scan, group_of, one_group
 from metaint.views.drawing.panels import BOTH_WAYS, SHADES, finish, there, whole_ticks
 from metaint.views.drawing.terminal import number, print_columns
@@ -104,6 +105,7 @@ def _print_heads(console: Console, title: str, frame: pd.DataFrame) -> None:
     print_columns(console, title, columns)
 
 
+@door
 def plot_outputs(scan: Scan) -> go.Figure:
     """Maps of the heads: how much each writes, what of it comes from position 0, and what that says.
 

@@ -15,7 +15,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from rich.console import Console
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.scans.finding import Scans, group_of, named_groups
 from metaint.views.drawing.panels import (
     BLUE,
@@ -120,6 +120,7 @@ def _spread(size: int) -> list[int]:
 # ---- figures ----------------------------------------------------------------------------------------------------
 
 
+@door
 def plot_recurrence(scans: Scans) -> go.Figure:
     """Loss by context length beside baselines, and cosines of the effective matrix with each reference, beside a null.
 

@@ -14,6 +14,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.console import Console
 
+from metaint.errors import door
 from metaint.scans.finding import Scan, group_of, one_group
 from metaint.views.drawing.panels import (
     BLUE,
@@ -130,6 +131,7 @@ def _of_kind(data: xr.Dataset, kind: str, count: int) -> list[_Pair]:
     ]
 
 
+@door
 def plot_weights(scan: Scan) -> go.Figure:
     """Norms of the parameters by layer and part, copying of each head beside random ones, and the pairs of heads that
     compose most.
