@@ -16,7 +16,8 @@ from metaint.toys.diagonal_attention import (
     orthogonal_minimum,
     unitary_minimum,
 )
-from tests.toys.vector_models import close, readings
+from tests.toys.hooked import readings
+from tests.toys.vector_models import close
 
 D, HEADS, LENGTH = 4, 3, 8
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}

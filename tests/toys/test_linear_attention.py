@@ -18,7 +18,8 @@ from metaint.toys.linear_attention import (
     vector_transformer,
 )
 from metaint.toys.vector_model import VectorModel
-from tests.toys.vector_models import CONTEXT, SIZES, D, T, close, made, plain_tokens, readings, vectors
+from tests.toys.hooked import readings
+from tests.toys.vector_models import CONTEXT, SIZES, D, T, close, made, plain_tokens, vectors
 
 # ---- against plain loops ----------------------------------------------------------------------------------------
 

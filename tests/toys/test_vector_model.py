@@ -13,7 +13,8 @@ from metaint.toys.linear_attention import (
     linear_attention,
     vector_transformer,
 )
-from tests.toys.vector_models import MAKERS, SIZES, D, T, close, made, plain_tokens, readings, vectors
+from tests.toys.hooked import readings
+from tests.toys.vector_models import MAKERS, SIZES, D, T, close, made, plain_tokens, vectors
 
 # ---- hooks, audit and probes ------------------------------------------------------------------------------------
 

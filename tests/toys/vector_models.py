@@ -36,18 +36,6 @@ def vectors(model: VectorModel, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(2, T, model.cfg.d_in, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-def readings(model: VectorModel, inputs: Tensor) -> dict[str, Tensor]:
-    """What each hook carried in one forward pass."""
-    found: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        assert hook.name not in found
-        found[hook.name] = activation.detach()
-
-    model.run_with_hooks(inputs, fwd_hooks=[(name, keep) for name in model.hook_dict])
-    return found
-
-
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-10)
 
