@@ -12,14 +12,14 @@ def scan(gpt2, repeated):
     return metaint.scan(gpt2, repeated, [metaint.ResidualProbe()])
 
 
-def caption_of(figure):
-    return next(note.text for note in figure.layout.annotations if note.name == "caption")
-
-
 def lines_of(figure, row):
     """What the legend names, in one panel, by name."""
     axis = f"y{row if row > 1 else ''}"
     return {t.name: t for t in figure.data if t.yaxis == axis and t.name and t.customdata is not None}
+
+
+def caption_of(figure):
+    return next(note.text for note in figure.layout.annotations if note.name == "caption")
 
 
 def test_one_scan_has_a_panel_for_lengths_growth_and_cosines(scan):
