@@ -101,11 +101,8 @@ def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled hea
         console.print(f"None of the {total} heads earns a label.")
         return
     count = len(set(named["head"]))
-    table = plain_table(f"{title}: {count} of {total}", tight=console.width < 90)
-    for name in ("head", "label"):
-        table.add_column(name, no_wrap=True)
-    for name in ("score", "interval", "uniform", "null", "margin", "on first"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = (("head", "label"), ("score", "interval", "uniform", "null", "margin", "on first"))
+    table = plain_table(f"{title}: {count} of {total}", *columns, tight=console.width < 90, no_wrap=True)
     for row in named.to_dict("records"):
         interval = "" if math.isnan(row["low"]) else f"{number(row['low'])}–{number(row['high'])}"
         null = "" if math.isnan(row["null_mean"]) else number(row["null_mean"])
@@ -128,11 +125,8 @@ def print_telling(console: Console, scan: xr.DataTree, on_text: xr.DataTree, mos
         return
     others = evidence(heads_of(on_text))
     also = label_heads(on_text).query("label != 'none'").groupby("head")["label"].agg(", ".join)
-    table = plain_table(f"The {len(chosen)} most telling heads", tight=console.width < 90)
-    for name in ("head", "label"):
-        table.add_column(name, no_wrap=True)
-    for name in ("score", "interval", "uniform", "null", "on text"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = (("head", "label"), ("score", "interval", "uniform", "null", "on text"))
+    table = plain_table(f"The {len(chosen)} most telling heads", *columns, tight=console.width < 90, no_wrap=True)
     table.add_column("labels on text")
     for row in chosen.to_dict("records"):
         interval = f"{number(row['low'])}–{number(row['high'])}"
