@@ -76,7 +76,8 @@ def pattern_rows(trial: Trial) -> Iterator[Pair]:
     sinks = sink_scores(trial.model) is not None
     for layer in trial.attending:
         rows = trial.reading[pattern_hook(layer)].sum(-1)
-        yield Pair(pattern_hook(layer), rows, rows.clamp(0, 1) if sinks else torch.ones_like(rows))
+        expected = rows.clamp(0, 1) if sinks else torch.ones_like(rows)
+        yield Pair(pattern_hook(layer), rows, expected)
 
 
 def pattern_causal(trial: Trial) -> Iterator[Pair]:

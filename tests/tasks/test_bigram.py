@@ -42,11 +42,7 @@ def test_default_text_has_a_small_vocabulary():
         ("aaa", {}, "text is a text of 3 characters: give a string with at least two different characters."),
         (7, {}, "text is a int: give a string with at least two different characters."),
         ("abc", {}, "trigger_count is 5: give 1 to 3, the number of different characters."),
-        (
-            "abc" * 5,
-            {"trigger_count": 1, "triggers": "some"},
-            "triggers is 'some': give 'fixed' or 'random'.",
-        ),
+        ("abc" * 5, {"trigger_count": 1, "triggers": "some"}, "triggers is 'some': give 'fixed' or 'random'."),
         ("abc", {"trigger_count": 1, "outputs": "x"}, "outputs is 'x': give 'all', 'train' or 'test'."),
         (
             "abc",

@@ -222,13 +222,7 @@ CHAINS = st.integers(2, 7).flatmap(
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    CHAINS,
-    st.sampled_from(["fixed", "random"]),
-    st.booleans(),
-    st.booleans(),
-    st.integers(0, 1000),
-)
+@given(CHAINS, st.sampled_from(["fixed", "random"]), st.booleans(), st.booleans(), st.integers(0, 1000))
 def test_any_chain_keeps_its_rules(chain, triggers, bigram_outputs, no_repeat, seed):
     ids, vocab, count = chain
     options = {"triggers": triggers, "bigram_outputs": bigram_outputs, "no_repeat": no_repeat}

@@ -10,12 +10,7 @@ from torch import Tensor
 
 import metaint
 from metaint.errors import HookAuditError, InputError
-from metaint.toys.diagonal_attention import (
-    DiagonalAttention,
-    diagonal_attention,
-    orthogonal_minimum,
-    unitary_minimum,
-)
+from metaint.toys.diagonal_attention import DiagonalAttention, diagonal_attention, orthogonal_minimum, unitary_minimum
 from tests.toys.hooked import readings
 from tests.toys.vector_models import close
 

@@ -16,7 +16,7 @@ from metaint.models.inputs import watching
 from metaint.models.parameters import own_parameters, place_of
 from metaint.toys import memory_blocks as module
 from metaint.toys.memory_transformer import memory_transformer
-from tests.toys.hooked import readings
+from tests.toys.hooked import readings, unreadable
 
 SIZES: dict[str, Any] = {"d_vocab": 30, "n_ctx": 24, "d_model": 16}
 TOKENS = torch.randint(30, (3, 12), generator=torch.Generator().manual_seed(5))
@@ -434,17 +434,7 @@ def test_what_cannot_be_built_is_said(settings: dict[str, Any], sentence: str) -
     assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize(
-    ("tokens", "inputs"),
-    [
-        (TOKENS[0], {}),
-        (TOKENS[:, :0], {}),
-        (TOKENS.repeat(1, 3), {}),
-        (TOKENS[:, :1], {"return_type": "loss"}),
-        (TOKENS, {"return_type": "both"}),
-        (TOKENS, {"attention_mask": torch.ones(12)}),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "inputs"), unreadable(TOKENS))
 def test_what_cannot_be_read_is_said(tokens: Tensor, inputs: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         memory()(tokens, **inputs)

@@ -16,7 +16,7 @@ from metaint.models.audit import CHECKS
 from metaint.models.describe import shape_of
 from metaint.models.parameters import own_parameters, place_of
 from metaint.toys.small import SmallTransformer, small_transformer
-from tests.toys.hooked import readings
+from tests.toys.hooked import readings, unreadable
 
 SIZES: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "d_model": 16, "d_mlp": 24, "d_vocab": 40, "n_ctx": 32}
 PLACEMENTS = ("pre", "output", "post")
@@ -391,17 +391,7 @@ def test_what_cannot_be_built_is_said(settings: dict[str, Any], sentence: str) -
     assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize(
-    ("tokens", "inputs"),
-    [
-        (TOKENS[0], {}),
-        (TOKENS[:, :0], {}),
-        (TOKENS.repeat(1, 3), {}),
-        (TOKENS[:, :1], {"return_type": "loss"}),
-        (TOKENS, {"return_type": "both"}),
-        (TOKENS, {"attention_mask": torch.ones(12)}),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "inputs"), unreadable(TOKENS))
 def test_what_cannot_be_read_is_said(tokens: Tensor, inputs: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         small("pre")(tokens, **inputs)

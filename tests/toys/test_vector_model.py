@@ -9,10 +9,7 @@ from torch import Tensor
 import metaint
 from metaint.errors import HookAuditError, InputError
 from metaint.models.audit import CHECKS
-from metaint.toys.linear_attention import (
-    linear_attention,
-    vector_transformer,
-)
+from metaint.toys.linear_attention import linear_attention, vector_transformer
 from tests.toys.hooked import readings
 from tests.toys.vector_models import MAKERS, SIZES, D, T, close, made, plain_tokens, vectors
 

@@ -6,11 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaint.toys.linear_attention import (
-    linear_attention,
-    regression_attention,
-    vector_transformer,
-)
+from metaint.toys.linear_attention import linear_attention, regression_attention, vector_transformer
 from metaint.toys.vector_model import VectorModel
 
 D, T, CONTEXT = 3, 7, 6

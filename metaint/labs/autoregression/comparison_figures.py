@@ -17,17 +17,7 @@ from plotly.subplots import make_subplots
 from metaint.errors import InputError
 from metaint.labs.autoregression.figures import subtitled
 from metaint.measures.closed_forms import augmented_optimum, diagonal_minimum
-from metaint.views.drawing.panels import (
-    BLUE,
-    COLOURS,
-    GREY,
-    ORANGE,
-    SKY,
-    VERMILION,
-    finish,
-    panels,
-    wrapped,
-)
+from metaint.views.drawing.panels import BLUE, COLOURS, GREY, ORANGE, SKY, VERMILION, finish, panels, wrapped
 
 _PREDICTED = "dash"
 

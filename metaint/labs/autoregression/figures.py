@@ -13,16 +13,7 @@ import xarray as xr
 from plotly import graph_objects as go
 
 from metaint.errors import InputError
-from metaint.views.drawing.panels import (
-    BLUE,
-    COLOURS,
-    Line,
-    draw,
-    finish,
-    panels,
-    symbol,
-    wrapped,
-)
+from metaint.views.drawing.panels import BLUE, COLOURS, Line, draw, finish, panels, symbol, wrapped
 
 Recordings = Mapping[str, xr.DataTree]
 

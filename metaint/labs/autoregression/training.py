@@ -163,7 +163,8 @@ def draw(
         return regression(s.d, s.length, count, seed=seed)
     length = length or s.length + 1
     if s.setting == "positional":
-        phases = _phases(s, count, seed if isinstance(seed, int) else s.seed)
+        own = seed if isinstance(seed, int) else s.seed
+        phases = _phases(s, count, own)
         vectors = torch.polar(torch.ones(count, length), (phases[:, None] * torch.arange(length)).float())
         return AutoregressiveSample(vectors[..., None], vectors[:, 1, None, None])
     kind: Any = "unitary" if s.setting == "augmented" else s.setting
