@@ -51,8 +51,7 @@ def effects_of(model: Model, hook: str, length: int) -> Effects:
     logits = widen(logits_after(model, tokens, edits, watched))
     effects = (logits[1:] - logits[:1]).abs().flatten(1).amax(1).tolist()
     noise = max(10 * effects.pop(), torch.finfo(logits.dtype).eps * float(logits[0].abs().max()))
-    astray = _astray(model, seen) if seen else None
-    return Effects(effects, noise, astray)
+    return Effects(effects, noise, _astray(model, seen) if seen else None)
 
 
 def _writings(model: Model, n_layers: int, seen: dict[str, Tensor]) -> dict[str, Callable[[Tensor], None]]:
