@@ -34,7 +34,7 @@ TITLES = {
 # The scores that the page shows; the Parquet file has all.
 SHOWN = {
     "repeated_tokens": ("induction", "previous_token", "duplicate_token", "current_token", "first_token", "local_mass"),
-    "text": ("prefix_match", "previous_token", "duplicate_token", "current_token", "first_token", "local_mass"),
+    "text": ("prefix_match_correct", "previous_token", "duplicate_token", "current_token", "first_token", "local_mass"),
 }
 SHAPES = ("averaging", "max_weight", "entropy")
 

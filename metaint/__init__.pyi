@@ -66,6 +66,7 @@ from .views.export.headvis import save_headvis as save_headvis
 from .views.export.tables import save_tables as save_tables, tables_of as tables_of
 from .views.groups.heads import plot_heads as plot_heads
 from .views.groups.inner import plot_inner as plot_inner
+from .views.groups.lags import plot_lags as plot_lags
 from .views.groups.memory import plot_memory as plot_memory
 from .views.groups.outputs import plot_outputs as plot_outputs
 from .views.groups.recurrence import plot_recurrence as plot_recurrence

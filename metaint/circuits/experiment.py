@@ -121,7 +121,7 @@ def _counted(
 ) -> tuple[int, Float[Tensor, " batch"]]:
     """How many positions a metric looks at, and what each sequence counts in a mean; InputError for none."""
     if patterns is not None:
-        weights = torch.cat([patterns.weights(batch) for batch in tokens.split(batch_size)])
+        weights = patterns.weigh(tokens.split(batch_size))
         if not bool(weights.any()):
             raise InputError(
                 f"tokens hold no position where {metric.name} is defined: give longer ones, or such as repeat, or "

@@ -18,7 +18,8 @@ from metaint.errors import InputError
 from metaint.measures.attention import HEAD_MEASURES, Measure
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.invariants import pattern_hook
-from metaint.probes.heads import HeadProbe, Plan, check_rows
+from metaint.probes.heads import HeadProbe, check_rows
+from metaint.probes.plan import Plan, plans_of
 from metaint.probes.probe import Hook, quietly
 from metaint.probes.stream import precise
 
@@ -116,21 +117,60 @@ class Patterns:
         self.probe = HeadProbe([metric.measure])
         self.measure = metric.measure
         self.slot = 0 if metric.tau is None else TAUS.index(metric.tau)
-        self.causal = subject.shape.causal
+        self.shape = subject.shape
         self.heads = _heads(metric, subject)
+        self.totals: dict[int, float] = {}
 
     @property
     def last(self) -> int:
         """The last layer that is read."""
         return max(self.heads)
 
-    def reader(self, tokens: Int[Tensor, "batch position"]) -> "Reader":
-        return Reader(self, Plan.of(self.probe.kinds, Context.whole(tokens, causal=self.causal)))
+    def weigh(self, batches: Iterable[Int[Tensor, "batch position"]]) -> Float[Tensor, " sequence"]:
+        """What each sequence counts in a mean: the queries for which the variable is defined, on the CPU.
 
-    def weights(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, " batch"]:
-        """What each sequence counts in a mean: its queries for which the variable is defined, on the CPU."""
-        plan = self.reader(tokens).plan
-        sums, counts = self.probe.row_sums(plan, Tile(plan.context.uniform, plan.context), precise(tokens.device))
+        Where layers of different windows are read they are not the same queries; each layer's mean is over its own.
+        """
+        by_batch = [self._counts(self._plans(tokens)) for tokens in batches]
+        counts = {layer: torch.cat([part[layer] for part in by_batch]) for layer in self.heads}
+        self.totals = {layer: float(count.sum()) for layer, count in counts.items()}
+        if not any(self.totals.values()):
+            return torch.zeros_like(next(iter(counts.values())))
+        if nowhere := [layer for layer, total in self.totals.items() if total == 0]:
+            raise InputError(
+                f"layers of the metric have {nowhere[0]}, where the attention window leaves no position at which "
+                f"{self.measure.name} is defined: name other layers, or give longer sequences."
+            )
+        shares = self.shares(counts)
+        return shares * sum(self.totals.values()) / len(self.totals)
+
+    def shares(self, counts: Mapping[int, Float[Tensor, " sequence"]]) -> Float[Tensor, " sequence"]:
+        """The part of the whole mean that falls to each sequence."""
+        n_heads = sum(len(heads) for heads in self.heads.values())
+        parts = [len(heads) * counts[layer] / self.totals[layer] for layer, heads in self.heads.items()]
+        return torch.stack(parts).sum(0) / n_heads
+
+    def reader(self, tokens: Int[Tensor, "batch position"]) -> "Reader":
+        plans = self._plans(tokens)
+        device = tokens.device
+        counts = {layer: count.to(device, precise(device)) for layer, count in self._counts(plans).items()}
+        return Reader(self, plans, counts)
+
+    def _plans(self, tokens: Int[Tensor, "batch position"]) -> list[Plan]:
+        return plans_of(self.probe.kinds, Context.whole(tokens, causal=self.shape.causal), self.shape)
+
+    def _counts(self, plans: list[Plan]) -> dict[int, Float[Tensor, " batch"]]:
+        """Queries of each sequence for which the variable is defined, by layer, on the CPU."""
+        by_plan: dict[int, Tensor] = {}
+        for layer in self.heads:
+            plan = plans[layer]
+            if id(plan) not in by_plan:
+                by_plan[id(plan)] = self._defined(plan)
+        return {layer: by_plan[id(plans[layer])] for layer in self.heads}
+
+    def _defined(self, plan: Plan) -> Float[Tensor, " batch"]:
+        dtype = precise(plan.context.mask.device)
+        sums, counts = self.probe.row_sums(plan, Tile(plan.context.uniform, plan.context), dtype)
         if self.measure.per_sequence is None:
             return counts[:, self.slot].double().cpu()
         return (~self.scores(sums, counts)[:, self.slot, 0].isnan()).double().cpu()
@@ -164,7 +204,8 @@ class Reader:
     """A scan metric on one batch: hooks that read it, and what they read as one value for each sequence."""
 
     patterns: Patterns
-    plan: Plan
+    plans: list[Plan]
+    counts: dict[int, Float[Tensor, " batch"]]
 
     @property
     def last(self) -> int:
@@ -182,11 +223,18 @@ class Reader:
         patterns, dtype = self.patterns, precise(pattern.device)
         with quietly(pattern.device.type):
             for rows, scores in zip(pattern.detach().chunk(len(copies)), copies, strict=True):
-                tile = Tile(rows, self.plan.context)
-                values = patterns.scores(*patterns.probe.row_sums(self.plan, tile, dtype))
+                tile = Tile(rows, self.plans[layer].context)
+                values = patterns.scores(*patterns.probe.row_sums(self.plans[layer], tile, dtype))
                 check_rows(tile, layer)
                 scores[layer] = values[:, patterns.slot, patterns.heads[layer]]
 
     def outcome(self, scores: Mapping[int, Float[Tensor, "batch head"]]) -> Float[Tensor, " batch"]:
-        """The mean over heads, for each sequence."""
-        return torch.cat([scores[layer] for layer in self.patterns.heads], 1).mean(1)
+        """The mean over heads, for each sequence; each layer counts by its queries, as `Patterns.weigh` has them."""
+        patterns = self.patterns
+        n_heads = sum(len(heads) for heads in patterns.heads.values())
+        parts = []
+        for layer in patterns.heads:
+            share = self.counts[layer] / patterns.totals[layer]
+            summed = scores[layer].sum(1).masked_fill(self.counts[layer] == 0, 0)
+            parts.append(share * summed)
+        return torch.stack(parts).sum(0) / n_heads / patterns.shares(self.counts)

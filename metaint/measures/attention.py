@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.measures.detector import detector_scores
+from metaint.measures.matches import OPTIONAL_MEASURES
 from metaint.measures.measure import Measure, Pairs, kind, statistic
 from metaint.measures.tile import Context, Tile
 
@@ -107,6 +108,23 @@ def prefix_match_recent(context: Context) -> Pairs:
     last = torch.ones_like(query, dtype=torch.bool)
     last[:-1] = (batch[1:] != batch[:-1]) | (query[1:] != query[:-1])
     return _keep((batch, query, key), last)
+
+
+@kind
+def prefix_match_correct(context: Context) -> Pairs:
+    """The matches of `prefix_match` where looking pays: the token that followed then follows now, too.
+
+    Most tokens of a text come again with another one behind them, and a head that looks there anyway predicts wrongly.
+    Ideal 1, uniform mean of matches/n. On repeated random tokens these are the queries of `induction`, but the last.
+    In generation with a cache, the last query of each pass is left out, since its next token is not known yet.
+    """
+    batch, query, key = prefix_match(context)
+    tokens = context.known_tokens
+    after = context.queries[query] + 1
+    inside = after < tokens.shape[1]
+    batch, query, key, after = batch[inside], query[inside], key[inside], after[inside]
+    follows = (tokens[batch, key] == tokens[batch, after]) & context.mask[batch, after]
+    return _keep((batch, query, key), follows)
 
 
 @kind
@@ -240,7 +258,7 @@ def sink_rate(tile: Tile) -> Float[Tensor, "batch head query"]:
     This returns the weights of the other 63; `is_sink` makes a sequence of them. Not a number for bidirectional
     models and where a sequence is shorter than 64 positions.
     """
-    early = tile.context.rank[:, tile.context.queries] < SINK_POSITIONS
+    early = (tile.context.rank[:, tile.context.queries] < SINK_POSITIONS) & tile.context.sees_first
     return tile.on_first.masked_fill(~(early & tile.context.causal)[:, None], math.nan)
 
 
@@ -262,6 +280,7 @@ HEAD_MEASURES: tuple[Measure, ...] = (
     induction,
     prefix_match,
     prefix_match_recent,
+    prefix_match_correct,
     local_mass,
     entropy,
     effective_keys,
@@ -278,8 +297,11 @@ HEAD_MEASURES: tuple[Measure, ...] = (
 
 
 def resolve(measures: Iterable[Any] | None) -> tuple[Measure, ...]:
-    """Measures by name or as they are (None: all of this file); InputError for anything else or a name twice."""
-    known = {measure.name: measure for measure in HEAD_MEASURES}
+    """Measures by name or as they are (None: all of this file); InputError for anything else or a name twice.
+
+    `retrieval` and others of `matches.py` are read by name alone.
+    """
+    known = {measure.name: measure for measure in (*HEAD_MEASURES, *OPTIONAL_MEASURES)}
     chosen = []
     for item in HEAD_MEASURES if measures is None else measures:
         if isinstance(item, Measure):
@@ -306,9 +328,7 @@ def targets(measure: Measure, context: Context) -> Pairs:
     """The keys a kind names, restricted to visible keys and counted queries."""
     found = measure(context)
     batch, query, key = found.nonzero(as_tuple=True) if isinstance(found, Tensor) else found
-    seen = context.mask[batch, key] & context.counted[batch, query]
-    if context.causal:
-        seen &= key <= context.queries[query]
+    seen = context.mask[batch, key] & context.counted[batch, query] & context.within(context.queries[query], key)
     return _keep((batch, query, key), seen)
 
 
@@ -324,7 +344,7 @@ def shuffled(
     rows sum to, less than one where a learnt sink takes the rest.
     """
     counted = tile.context.counted[:, None]
-    pool = (tile.n_visible - 1).clamp(min=1)
+    pool = (tile.n_visible - tile.context.sees_first[:, None].float()).clamp(min=1)
     mean = ((total - tile.on_first) / pool).masked_fill(~counted, 0)
     spread = (tile.sum_squares - tile.on_first.square()).masked_fill(~counted, 0) / pool - mean.square()
     variance = spread.clamp(min=0) * pool / (pool - 1).clamp(min=1)

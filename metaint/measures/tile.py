@@ -33,6 +33,8 @@ class Context:
     mask: Bool[Tensor, "batch key"]
     tokens: Int[Tensor, "batch key"] | None = None
     causal: bool = True
+    # Keys that a query of a causal model sees at most, itself included (a sliding window); 0 is all before it.
+    window: int = 0
 
     @staticmethod
     def whole(
@@ -65,14 +67,28 @@ class Context:
         seen = self.mask[:, None, :].expand(-1, len(self.queries), -1)
         if self.causal:
             keys = torch.arange(self.mask.shape[1], device=self.mask.device)
-            seen = seen & (keys <= self.queries[:, None])
+            seen = seen & self.within(self.queries[:, None], keys)
         return seen
+
+    def within(self, query: Int[Tensor, "..."], key: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Whether the query at one index reaches the key at the other, padding aside."""
+        if not self.causal:
+            return torch.ones_like(query - key, dtype=torch.bool)
+        seen = key <= query
+        return seen & (key > query - self.window) if self.window else seen
+
+    @cached_property
+    def sees_first(self) -> Bool[Tensor, "batch query"]:
+        """Queries that reach position 0: under a sliding window the early ones alone."""
+        return self.within(self.queries, self.first[:, None])
 
     @cached_property
     def n_visible(self) -> Float[Tensor, "batch query"]:
         """Number of visible keys of each query (at least 1, so that padding divides by nothing)."""
         if self.causal:
-            return (self.rank + self.mask.long())[:, self.queries].clamp(min=1).float()
+            upto = torch.nn.functional.pad(self.rank + self.mask.long(), (1, 0))
+            beyond = (self.queries + 1 - self.window).clamp(min=0) if self.window else torch.zeros_like(self.queries)
+            return (upto[:, self.queries + 1] - upto[:, beyond]).clamp(min=1).float()
         return self.mask.sum(-1, keepdim=True).clamp(min=1).expand(-1, len(self.queries)).float()
 
     @property

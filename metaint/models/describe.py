@@ -11,6 +11,7 @@ from torch import Tensor
 from metaint.errors import InputError
 from metaint.models.direction import is_causal as is_causal
 from metaint.models.protocol import Model
+from metaint.models.readout import setting
 
 _attending: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
 
@@ -72,14 +73,19 @@ def shape_of(model: Model) -> Shape:
 
 
 def windows_of(model: Model) -> tuple[int, ...]:
-    """The sliding window of each layer, 0 for none: from the Hugging Face config, or from TransformerLens's own."""
-    cfg = model.cfg
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    kinds = kinds or getattr(cfg, "attn_types", None) or []
-    size = getattr(config, "sliding_window", None) or getattr(cfg, "window_size", None) or 0
-    local = [kind in ("sliding_attention", "local") for kind in kinds] or [False] * cfg.n_layers
-    return tuple(int(size) if here else 0 for here in local[: cfg.n_layers])
+    """The sliding window of each layer, 0 for none."""
+    return tuple(window_of(model, layer) for layer in range(model.cfg.n_layers))
+
+
+def window_of(model: Model, layer: int) -> int:
+    """How many keys back a query of this layer sees, 0 for all."""
+    window = setting(model, "window_size") or setting(model, "sliding_window")
+    if not window or setting(model, "use_sliding_window") is False:
+        return 0
+    for name in ("attn_types", "layer_types", "attention_layers"):
+        if kinds := setting(model, name):
+            return int(window) if str(kinds[layer]) in ("local", "sliding_attention") else 0
+    return int(window)  # a configuration without a list of its layers, such as Mistral's, has it in every layer
 
 
 def layer_kinds_of(model: Model) -> tuple[str, ...]:

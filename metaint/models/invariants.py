@@ -15,7 +15,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaint.models.describe import attending_layers, by_layer, sink_scores
+from metaint.models.describe import attending_layers, by_layer, sink_scores, window_of
 from metaint.models.direction import is_causal
 from metaint.models.heads import by_head, repeat_heads
 from metaint.models.protocol import Model
@@ -169,7 +169,7 @@ def scoring_of(model: Model, layer: int) -> Scoring:
     cap = setting(model, "attn_scores_soft_cap") or 0.0
     sinks = sink_scores(model)
     sink = None if sinks is None else sinks[layer]
-    return Scoring(score_scale(model, layer), cap, is_causal(model), _window(model, layer), sink)
+    return Scoring(score_scale(model, layer), cap, is_causal(model), window_of(model, layer), sink)
 
 
 def scores_of(model: Model, layer: int, query: Tensor, key: Tensor) -> Tensor:
@@ -197,17 +197,6 @@ def score_scale(model: Model, layer: int) -> float:
     else:
         scale = math.sqrt(cfg.d_head)
     return scale * (layer + 1) if setting(model, "scale_attn_by_inverse_layer_idx") else scale
-
-
-def _window(model: Model, layer: int) -> int:
-    """How many keys back a query of this layer sees, 0 for all."""
-    window = setting(model, "window_size") or setting(model, "sliding_window")
-    if not window or setting(model, "use_sliding_window") is False:
-        return 0
-    for name in ("attn_types", "layer_types", "attention_layers"):
-        if kinds := setting(model, name):
-            return int(window) if str(kinds[layer]) in ("local", "sliding_attention") else 0
-    return int(window)
 
 
 def value_hook(model: Model) -> str:

@@ -1,27 +1,29 @@
 """`HeadProbe`: every head measure in one forward pass, read at `hook_pattern` and folded into `/heads`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from metaint.errors import ActivationError
-from metaint.measures.attention import Measure, Pairs, resolve, shuffled, sink_mass, sink_rate, targets
+from metaint.measures.attention import Measure, resolve, shuffled, sink_mass, sink_rate
 from metaint.measures.resampling import bootstrap_interval
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
 from metaint.models.protocol import Model
+from metaint.probes.lag_curves import add_states, fold_lags, lag_coordinate, lag_curves
 from metaint.probes.largest_logits import NAMES as LOGITS, ScoreReader, fold_logits, logit_variables
+from metaint.probes.plan import Plan, plans_of
 from metaint.probes.probe import Probe
 from metaint.scans.assemble import shaped
 
+# States that hold a row for each sequence.
+_LISTS = ("sums", "counts", "uniform", "beside_first")
 # Statistics of how much weight there is, and not of how it is spread.
 _OF_WEIGHTS = (sink_mass, sink_rate)
 
@@ -30,10 +32,12 @@ class HeadProbe(Probe):
     """Scores every head of a model with `measures` (names, decorated functions, or None for all there are).
 
     State: for each sequence, slot, layer and head the sum over its queries, and how many they were; what uniform
-    attention sums to on the same tokens; mean and variance of the shuffled null. About 40 kB a sequence at
-    12 x 12 heads. One sequence fed in several passes (generation with a key-value cache) stays one sequence; without
-    a cache each pass reads its rows again. With `max_logit`, also the largest attention logit before the softmax, from
-    queries and keys or else `hook_attn_scores`, whichever is found to make the pattern (NaN where neither does).
+    attention sums to on the same tokens; for each kind what was left of the weight beside position 0; mean and
+    variance of the shuffled null. Under a sliding window a query counts for the keys that it sees. About 50 kB a
+    sequence at 12 x 12 heads. One sequence fed in several passes (generation with a key-value cache) stays one
+    sequence; without a cache each pass reads its rows again. With `max_logit`, also the largest attention logit before
+    the softmax, from queries and keys or else `hook_attn_scores`, whichever is found to make the pattern (NaN where
+    neither does).
 
     Where a learnt sink takes part of each row (gpt-oss), scores of kinds and `sink_rate` are of the weights as they
     are, so that a head which mostly looks at its sink scores little; `sink_mass` is the rest; all other statistics are
@@ -54,16 +58,19 @@ class HeadProbe(Probe):
     sums: list[Float[Tensor, "sequence slot layer head"]]
     counts: list[Float[Tensor, "sequence slot layer"]]
     uniform: list[Float[Tensor, "sequence slot layer"]]
+    beside_first: list[Float[Tensor, "sequence kind layer head"]]
     null_mean: Float[Tensor, "slot layer head"]
     null_variance: Float[Tensor, "slot layer head"]
     largest_logit: Float[Tensor, "layer head"]
     logit_histogram: Float[Tensor, "layer head bin"]
     # Of the pass that is being read.
-    _plan: "Plan"
+    _plans: list[Plan]
 
-    def __init__(self, measures: Iterable[str | Measure] | None = None, *, max_logit: bool = False) -> None:
+    def __init__(
+        self, measures: Iterable[str | Measure] | None = None, *, max_logit: bool = False, by_lag: bool = False
+    ) -> None:
         super().__init__()
-        self.max_logit = max_logit
+        self.max_logit, self.by_lag = max_logit, by_lag
         self._scores: ScoreReader | None = None
         # What was read of a layer before its pattern, and whether a pass was opened by it.
         self.held: dict[str, Tensor] = {}
@@ -71,13 +78,15 @@ class HeadProbe(Probe):
         self._chosen = resolve(measures)
         self._all = measures is None
         self.kinds = [m for m in self._chosen if m.form == "kind"]
-        for name in ("sums", "counts", "uniform"):
+        for name in _LISTS:
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("null_mean", "null_variance", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
         if max_logit:
             self.add_state("largest_logit", torch.tensor(-torch.inf), dist_reduce_fx="max")
             self.add_state("logit_histogram", torch.zeros(()), dist_reduce_fx="sum")
+        if by_lag:
+            add_states(self)
 
     def prepare(self, model: Model) -> None:
         self._scores = ScoreReader.of(model) if self.max_logit else None
@@ -105,7 +114,7 @@ class HeadProbe(Probe):
     @property
     def context(self) -> Context:
         """The queries and keys of the pass that is being read."""
-        return self._plan.context
+        return self._plans[0].context
 
     @property
     def n_slots(self) -> int:
@@ -126,11 +135,12 @@ class HeadProbe(Probe):
             self._begin(watch, activation)
         if self._scores is not None:
             fold_logits(self, self._scores, int(layer), activation)
+        plan = self._plans[int(layer)]
         # A sliding-window cache holds the last keys alone; the others get no weight.
-        missing = self._plan.context.mask.shape[1] - activation.shape[-1]
+        missing = plan.context.mask.shape[1] - activation.shape[-1]
         if missing:
             activation = torch.nn.functional.pad(activation, (missing, 0))
-        self._fold(int(layer), Tile(activation, self._plan.context))
+        self._fold(int(layer), Tile(activation, plan.context), plan)
 
     def _begin(self, watch: InputWatch, pattern: Tensor) -> None:
         """A forward pass starts: learn its inputs, and make room for its sequences unless they go on."""
@@ -139,7 +149,7 @@ class HeadProbe(Probe):
         inputs = watch.resolve(batch, queries, keys, pattern.device)
         positions = torch.arange(inputs.past, inputs.past + queries, device=pattern.device)
         tokens = None if inputs.tokens is None else inputs.tokens.to(pattern.device)
-        self._plan = Plan.of(self.kinds, Context(positions, inputs.mask, tokens, self.shape.causal))
+        self._plans = plans_of(self.kinds, Context(positions, inputs.mask, tokens, self.shape.causal), self.shape)
         if inputs.past == 0 or not self.sums:
             self._make_room(batch, pattern.device)
         self.tokens_seen = self.tokens_seen + inputs.mask[:, inputs.past :].sum()
@@ -150,13 +160,13 @@ class HeadProbe(Probe):
         self.sums.append(torch.zeros(batch, *size, self.shape.n_heads, dtype=full, device=device))
         self.counts.append(torch.zeros(batch, *size, dtype=full, device=device))
         self.uniform.append(torch.zeros(batch, *size, dtype=full, device=device))
+        kinds = (len(self.kinds), self.shape.n_layers, self.shape.n_heads)
+        self.beside_first.append(torch.zeros(batch, *kinds, dtype=full, device=device))
         if self.null_mean.ndim == 0:
-            kinds = (len(self.kinds), *size[1:], self.shape.n_heads)
             self.null_mean = torch.zeros(kinds, dtype=full, device=device)
             self.null_variance = torch.zeros(kinds, dtype=full, device=device)
 
-    def _fold(self, layer: int, tile: Tile) -> None:
-        plan = self._plan
+    def _fold(self, layer: int, tile: Tile, plan: Plan) -> None:
         sums, counts, uniform = self.sums[-1], self.counts[-1], self.uniform[-1]
         n_kinds, full = len(self.kinds), sums.dtype
         added, defined = self.row_sums(plan, tile, full)
@@ -164,17 +174,20 @@ class HeadProbe(Probe):
         sums[:, :, layer] += added
         counts[:, :, layer] += defined
         if self.statistics:
-            uniform[:, n_kinds:, layer] += plan.uniform_statistics(self, full)
+            uniform[:, n_kinds:, layer] += plan.uniform_statistics(self._statistics, full)
+        sinks = self._shape is not None and self._shape.learnt_sinks
+        total = tile.pattern.sum(-1) if sinks else 1.0
+        if self.by_lag:
+            fold_lags(self, layer, plan.lagged.read(tile, total, full))
         if self.kinds:
             uniform[:, :n_kinds, layer] += plan.uniform_kinds.to(full)
-            sinks = self._shape is not None and self._shape.learnt_sinks
-            total = tile.pattern.sum(-1) if sinks else 1.0
+            self.beside_first[-1][:, :, layer] += plan.beside_first(tile, total).to(full)
             mean, variance = shuffled(tile, plan.matches, total)
             self.null_mean[:, layer] += mean.sum(1, dtype=full)
             self.null_variance[:, layer] += variance.sum(1, dtype=full)
 
     def row_sums(
-        self, plan: "Plan", tile: Tile, dtype: torch.dtype
+        self, plan: Plan, tile: Tile, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "batch slot head"], Float[Tensor, "batch slot"]]:
         """What each measure sums to over the queries of each sequence, and for how many of them it is defined."""
         sums, counts = [], []
@@ -206,7 +219,7 @@ class HeadProbe(Probe):
         """Every variable of `/heads` by name, each (layer, head), or (tau, layer, head) for the tie counts."""
         if len(self.sums) == 0:
             return {}
-        sums, counts, uniform = (dim_zero_cat(getattr(self, n)).cpu() for n in ("sums", "counts", "uniform"))
+        sums, counts, uniform, beside_first = (dim_zero_cat(getattr(self, name)).cpu() for name in _LISTS)
         null_mean, null_variance = self.null_mean.cpu(), self.null_variance.cpu()
         found: dict[str, Tensor] = {}
         for i, measure in enumerate([*self.kinds, *self.statistics]):
@@ -217,6 +230,8 @@ class HeadProbe(Probe):
                 count = part[1].sum(0)
                 scores["_null_mean"] = null_mean[i : i + 1] / count
                 scores["_null_std"] = null_variance[i : i + 1].sqrt() / count
+                if measure.name != "first_token":
+                    scores |= off_sink(part[0], beside_first[:, i : i + 1])
             for suffix, value in scores.items():
                 full = value.expand(-1, -1, sums.shape[-1])
                 found[measure.name + suffix] = full if measure.per_tau else full[0]
@@ -237,6 +252,8 @@ class HeadProbe(Probe):
         words = LOGITS | {each.name: (each.__doc__ or "").strip().split("\n")[0] for each in self.measures}
         for name in words.keys() & data.keys():
             data[name].attrs["description"] = words[name]
+        if self.by_lag:
+            data = data.assign_coords(lag=lag_coordinate()).assign(lag_curves(self))
         sequences = sum(len(block) for block in self.sums)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences)
         return data
@@ -274,51 +291,13 @@ def summarise(
     }
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is asked of every layer of one forward pass; it depends on the tokens alone, so it is made once."""
+def off_sink(
+    sums: Float[Tensor, "sequence 1 layer head"], beside: Float[Tensor, "sequence 1 layer head"]
+) -> dict[str, Float[Tensor, "1 layer head"]]:
+    """The share that a kind's keys have of the weight beside position 0, in [0, 1], with its interval.
 
-    context: Context
-    pairs: Pairs
-    slot: Int[Tensor, " pair"]
-    matches: Float[Tensor, "kind batch query"]
-
-    @staticmethod
-    def of(kinds: list[Measure], context: Context) -> "Plan":
-        """Look up the targets of each kind; pairs of all kinds are read together."""
-        batch, queries = context.counted.shape
-        device = context.mask.device
-        found = [targets(measure, context) for measure in kinds]
-        empty = tuple(torch.zeros(0, dtype=torch.long, device=device) for _ in range(3))
-        pairs = tuple(torch.cat(parts) for parts in zip(empty, *found, strict=True))
-        slot = [empty[0], *(i * batch + p[0] for i, p in enumerate(found))]
-        matches = torch.zeros(len(kinds), batch * queries, device=device)
-        for i, p in enumerate(found):
-            matches[i].index_add_(0, p[0] * queries + p[1], torch.ones(len(p[0]), device=device))
-        return Plan(context, pairs, torch.cat(slot), matches.view(-1, batch, queries))  # type: ignore[arg-type]
-
-    @cached_property
-    def defined(self) -> Float[Tensor, "batch kind"]:
-        """Queries for which each kind is defined."""
-        return (self.matches > 0).sum(-1).mT
-
-    @cached_property
-    def uniform_kinds(self) -> Float[Tensor, "batch kind"]:
-        """What uniform attention puts on the targets."""
-        return (self.matches / self.context.n_visible).sum(-1).mT
-
-    def uniform_statistics(self, probe: HeadProbe, dtype: torch.dtype) -> Float[Tensor, "batch slot"]:
-        """What the statistics of uniform attention sum to: computed on a pattern of one uniform head, once."""
-        if "_uniform" not in self.__dict__:
-            values, _ = probe._statistics(Tile(self.context.uniform, self.context))
-            self.__dict__["_uniform"] = values[:, :, 0].sum(-1, dtype=dtype).mT
-        return self.__dict__["_uniform"]
-
-    def weight_on_targets(
-        self, pattern: Float[Tensor, "batch head query key"], dtype: torch.dtype
-    ) -> Float[Tensor, "batch kind head"]:
-        """Weight on the targets of each kind, summed over queries."""
-        batch, query, key = self.pairs
-        out = torch.zeros(len(self.matches) * len(pattern), pattern.shape[1], dtype=dtype, device=pattern.device)
-        out.index_add_(0, self.slot, pattern[batch, :, query, key].to(dtype))
-        return out.view(len(self.matches), len(pattern), -1).transpose(0, 1)
+    Read on the queries for which the kind is defined. A head of a language model leaves most of its weight on
+    position 0 where it has nothing to do; this tells what it does with the rest.
+    """
+    low, high = bootstrap_interval(sums, beside)
+    return {"_off_sink": sums.sum(0) / beside.sum(0), "_off_sink_low": low, "_off_sink_high": high}

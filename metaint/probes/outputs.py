@@ -21,9 +21,9 @@ from metaint.models.invariants import value_hook, values_of
 from metaint.models.protocol import Model
 from metaint.models.reading import widen
 from metaint.models.writing import Layer, Writing, stamp, writing_of
-from metaint.probes.heads import Plan
 from metaint.probes.means import Means, as_dataset
 from metaint.probes.outputs_variables import variables_of, written
+from metaint.probes.plan import Plan, plans_of
 from metaint.probes.probe import Probe
 from metaint.probes.stream import Rows, precise, widened_copy
 from metaint.probes.value_weights import share_on_targets
@@ -65,7 +65,8 @@ class OutputProbe(Probe):
     tokens_seen: Tensor
     # Of the pass that is being read.
     _rows: Rows
-    _plan: Plan
+    _plans: list[Plan]
+    _context: Context
     _columns: Float[Tensor, "batch key d_model"] | None
 
     def __init__(self, kinds: Iterable[str | Measure] | None = None, *, positions: int = 64, seed: int = 0) -> None:
@@ -123,7 +124,7 @@ class OutputProbe(Probe):
             assert self._values is not None
             value = repeat_heads(widen(self._values(activation)), self.shape.n_heads, 2)
             self._held["lengths"] = torch.linalg.vector_norm(outputs.through(value, weights.factor), dim=-1).mT
-            first = value[torch.arange(len(value), device=value.device), self._plan.context.first]
+            first = value[torch.arange(len(value), device=value.device), self._context.first]
             self._held["first"] = outputs.through(first[:, None], weights.factor)
             self._fold_values(layer, self._held["lengths"])
         elif part == "hook_pattern":
@@ -156,8 +157,8 @@ class OutputProbe(Probe):
         self._read_changed()
         batch, queries = rows.real.shape
         device = activation.device
-        context = Context(torch.arange(queries, device=device), rows.real, rows.tokens, self.shape.causal)
-        self._plan = Plan.of(self.kinds, context)
+        self._context = Context(torch.arange(queries, device=device), rows.real, rows.tokens, self.shape.causal)
+        self._plans = plans_of(self.kinds, self._context, self.shape)
         vocabulary = self._writing.vocabulary
         if vocabulary is not None and rows.tokens is not None:
             self._columns = vocabulary.columns(rows.tokens)
@@ -173,7 +174,7 @@ class OutputProbe(Probe):
     # ---- each layer ----
 
     def _fold_values(self, layer: int, lengths: Float[Tensor, "batch head key"]) -> None:
-        context = self._plan.context
+        context = self._context
         drain = outputs.drain_at_first(lengths, context.first, context.mask)
         if not bool(drain.others.isfinite().all() & drain.missing.isfinite().all()):
             raise ActivationError(
@@ -184,19 +185,19 @@ class OutputProbe(Probe):
 
     def _fold_pattern(self, layer: int, pattern: Float[Tensor, "batch head query key"]) -> None:
         """Weigh the kinds by values, and keep what the pattern is wanted for later: position 0 and the sample."""
-        rows, context = torch.arange(len(pattern), device=pattern.device), self._plan.context
+        rows, context = torch.arange(len(pattern), device=pattern.device), self._context
         self._held["on_first"] = widen(pattern[rows, :, :, context.first])
         if self._columns is not None:
             self._held["pattern"] = widen(pattern[rows[:, None], :, self._rows.index]).transpose(1, 2)
         lengths = self._held["lengths"]
         total = outputs.weighted_rows(pattern, lengths)
-        kinds = share_on_targets(self._plan, pattern, lengths, total, self.heads[-1].dtype)
+        kinds = share_on_targets(self._plans[layer], pattern, lengths, total, self.heads[-1].dtype)
         for kind, shares, counts in zip(self.kinds, *kinds, strict=True):
             self._add(layer, **{written(kind): shares, f"{written(kind)} queries": counts})
 
     def _fold_writes(self, layer: int, weights: Layer) -> None:
         """How long writes are and what of them comes from position 0, over all queries; the rest at the sample."""
-        held, counted = self._held, self._plan.context.counted[..., None]
+        held, counted = self._held, self._context.counted[..., None]
         output = outputs.through(held["z"], weights.factor)
         length = torch.linalg.vector_norm(output, dim=-1) * counted
         z = torch.linalg.vector_norm(held["z"], dim=-1) * counted
@@ -224,27 +225,26 @@ class OutputProbe(Probe):
             for name, values in added.items():
                 self._means.of(self.heads[-1], name)[b, layer] += values.sum(0)
             if self._columns is not None:
-                self._said.append((layer, b, self._say(b, writes)))
+                self._said.append((layer, b, self._say(layer, b, writes)))
 
-    def _say(self, b: int, writes: Float[Tensor, "sample head d_model"]) -> outputs.Said:
+    def _say(self, layer: int, b: int, writes: Float[Tensor, "sample head d_model"]) -> outputs.Said:
         vocabulary, columns = self._writing.vocabulary, self._columns
         assert vocabulary is not None
         assert columns is not None
         sampled = self._rows.sampled[b]
-        visible = self._visible(b)
+        visible = self._visible(layer, b)
         followed = visible & visible.roll(-1, -1)
         followed[:, -1] = False
         pattern = self._held["pattern"][b][:, sampled]
         spread = vocabulary.spread(writes)
         return outputs.said(writes, pattern, columns[b], spread, visible, followed)
 
-    def _visible(self, b: int) -> Bool[Tensor, "sample key"]:
+    def _visible(self, layer: int, b: int) -> Bool[Tensor, "sample key"]:
         """The keys that a sequence's sampled queries see, but position 0."""
-        context = self._plan.context
+        context = self._plans[layer].context
         places = self._rows.index[b, self._rows.sampled[b]]
-        visible = context.mask[b].expand(len(places), -1).clone()
-        if context.causal:
-            visible &= torch.arange(visible.shape[1], device=places.device) <= places[:, None]
+        keys = torch.arange(context.mask.shape[1], device=places.device)
+        visible = context.mask[b] & context.within(places[:, None], keys)
         visible[:, context.first[b]] = False
         return visible
 

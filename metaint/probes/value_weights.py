@@ -5,7 +5,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from metaint.probes.heads import Plan
+from metaint.probes.plan import Plan
 
 
 def share_on_targets(

@@ -26,6 +26,7 @@ from metaint.models.describe import facts_of
 from metaint.models.protocol import Model
 from metaint.models.reading import roots_of
 from metaint.probes.probe import Probe
+from metaint.scanning.alarm import MARK, Alarm, Warn
 from metaint.scanning.given import given_inputs, whole
 from metaint.scanning.record_store import append, create, layout_of, trim, with_step, writing
 from metaint.scanning.scan import chosen_probes, scan
@@ -43,6 +44,10 @@ class Recorder:
     - `every`: a number of steps, the steps themselves, or a function of the step.
     - `path`: the Zarr store. It must not exist, unless `resume` goes on after its last whole record.
     - `tokens`, `batch_size`, `seed`, `attributes`: as in `metaint.scan`; the tokens stay the same.
+
+    - `warn_above`: an attention logit, such as MuonClip's 100 (2507.20534), above which `on_warning(step, heads)` is
+      called with the heads and their largest logits (None: a Python warning), and `/training` marks the step with a
+      `logit_alarm` of 1. Needs `HeadProbe(max_logit=True)`.
 
     Scans run in evaluation mode, without gradients and autocast, and leave modes and random states as they were.
     `last` is the last scan made. Where several processes train, only one may record.
@@ -75,10 +80,13 @@ class Recorder:
         seed: int = 0,
         attributes: Mapping[str, Any] | None = None,
         resume: bool = False,
+        warn_above: float | None = None,
+        on_warning: Warn | None = None,
     ) -> None:
         self._model, self._probes, self._path = model, chosen_probes(probes), Path(path)
         if not self._probes:
             raise InputError("probes is empty: pass at least one, such as [metaint.HeadProbe()].")
+        self._alarm = Alarm.of(warn_above, on_warning, self._probes)
         self._wanted = _chooser(every)
         given = given_inputs(model, tokens, batch_size=batch_size, seed=seed)
         digest = hashlib.sha256(given.tokens.long().cpu().numpy().tobytes()).hexdigest()[:16]
@@ -122,10 +130,15 @@ class Recorder:
             probe.reset()
         with _undisturbed(self._model):
             scanned = self._scan()
+        loud = {} if self._alarm is None else self._alarm.heads(scanned)
+        if self._alarm is not None:
+            training[MARK] = float(bool(loud))
         groups = {name: group.to_dataset() for name, group in scanned.children.items()} | {"training": training}
         self._write({name: with_step(data, step) for name, data in groups.items()}, scanned.attrs)
         self._steps.append(step)
         self.last = scanned
+        if self._alarm is not None:
+            self._alarm.tell(step, loud)
         return scanned
 
     @contextmanager

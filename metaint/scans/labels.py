@@ -1,55 +1,44 @@
 """Names for heads: a label needs an effect, and a margin over uniform attention and over the null."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from metaint.errors import InputError
+from metaint.scans.evidence import ENOUGH_MATCHES, Evidence, enough_matches, evidence, induction_source, values
 
-# Smallest score that earns each label. A head can earn several.
+# What each label asks at least: for a kind of token its share of the weight beside position 0, else the score. A head
+# can earn several. A head whose kind has more than half of what it spends at all is named after it; 0.3 is the line of
+# Gu et al. (ICLR 2025) for an attention sink; 0.62 is a length below 0.38 of the layer's mean, the lowest line that
+# Sandoval-Segura et al. (2504.03889) published for inactive heads; copying and suppressing count standard deviations
+# of a head's own logits (of six untrained architectures no head reaches 0.4).
 THRESHOLDS: dict[str, float] = {
-    "previous_token": 0.4,
-    "induction": 0.4,
-    "duplicate_token": 0.4,
-    "sink": 0.5,
+    "previous_token": 0.5,
+    "induction": 0.5,
+    "duplicate_token": 0.5,
+    "current_token": 0.5,
+    "sink": 0.3,
     "local": 0.6,
     "averaging": 0.8,
     "argmax": 0.8,
+    "copying": 0.5,
+    "suppressing": 0.5,
+    "inactive": 0.62,
 }
-MARGIN, DEVIATIONS = 0.1, 3.0
+# Above this a head is taken to write nothing, and is called inactive and nothing else.
+WRITES_NOTHING = 0.99
+# How far a score stands above uniform attention and the null, on average over queries.
+MARGIN = 0.05
+DEVIATIONS = 3.0
 # Labels that name the token a head looks for say more of a head than the shape of its rows does.
-SPECIFIC = ("induction", "previous_token", "duplicate_token")
-# An averaging head departs from uniform at most this fraction of how far the model's typical head does.
-TYPICAL_DEPARTURE = 0.25
+SPECIFIC = ("induction", "previous_token", "duplicate_token", "current_token")
 COLUMNS = [
-    "head", "label", "score", "uniform", "null_mean", "null_std", "margin", "low", "high", "on_first", "layer", "index",
+    "head", "label", "score", "off_sink", "uniform", "null_mean", "null_std", "margin", "low", "high", "borderline",
+    "on_first", "written", "output_share", "layer", "index",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Score of one label at every head, with what it is held against; each an array (layer, head)."""
-
-    score: np.ndarray
-    uniform: np.ndarray
-    null_mean: np.ndarray
-    null_std: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    allowed: np.ndarray
-
-    @property
-    def floor(self) -> np.ndarray:
-        """What a label is measured from: the larger of uniform and null."""
-        return np.fmax(self.null_mean, self.uniform)
-
-    @property
-    def margin(self) -> np.ndarray:
-        """How far the score stands above that."""
-        return self.score - self.floor
 
 
 def label_heads(
@@ -58,24 +47,41 @@ def label_heads(
     *,
     margin: float = MARGIN,
     deviations: float = DEVIATIONS,
+    strict: bool = False,
 ) -> pd.DataFrame:
     """Label every head of a scan; one row for each head and label, and label "none" where a head earns none.
 
-    A label needs: a score of at least its threshold (`THRESHOLDS`, changed by `thresholds`); `margin` above what
-    uniform attention scores on the same tokens and above the null mean; `deviations` null deviations above the null
-    mean; and, given two sequences or more, a bootstrap interval above both. What each label reads:
+    A label needs: at least its threshold (`THRESHOLDS`, changed by `thresholds`); a score `margin` above what uniform
+    attention scores on the same tokens and above the null mean; `deviations` null deviations above the null mean; and,
+    given two sequences or more, a bootstrap interval above both. With `strict`, the whole interval must also lie above
+    the threshold. What each label reads:
 
-    - `previous_token`, `duplicate_token`: the scores of those names.
-    - `induction`: the stripe on repeated tokens; where the tokens do not repeat, `prefix_match`.
+    - `previous_token`, `duplicate_token`, `current_token`: the scores of those names. The threshold is asked of the
+      share of the weight beside position 0 (`off_sink`): a head of a language model leaves its weight there where it
+      has nothing to do, on text far more often than on random tokens.
+    - `induction`: likewise, of the stripe on repeated tokens; where the tokens do not repeat, of
+      `prefix_match_correct`, the matches whose continuation repeats, if there are 50 of them in two sequences.
     - `sink`: `first_token`.
-    - `local`: `local_mass`, unless more than half of it is on the previous or the current token alone.
-    - `averaging`: uniform is the ideal here and also what an untrained head does, so the null is the model's typical
-      head (the median over heads with the same attention window), and an averaging head departs from uniform at most
-      a quarter as far. Where all heads average alike, as before training, none gets this label.
+    - `local`: likewise, of `local_mass`, unless more than half of it is on the previous or the current token alone.
+    - `averaging`: uniform is the ideal here and also what an untrained head does, so the null is the median of the
+      other heads of the layer (of the model, where a layer has one head), and an averaging head departs from uniform
+      at most a quarter as far. Where all heads of a layer average alike, as before training, none gets this label.
     - `argmax`: `max_weight`, with at most two keys within 0.1 of the top log weight; a shape, so against uniform only.
+    - `copying`, `suppressing`: `copying_deviations`, as it is and with the sign turned: the logit that a head gives
+      the token it looks at. The threshold is asked of what lies above the null. For these a scan needs `/outputs`.
+    - `inactive`: 1 less the larger of `output_share` and `z_share`. A head that writes nothing gets no other label.
 
-    Columns: head ("5.1"), label, score, uniform, null_mean, null_std, margin, low, high (95 % interval), on_first (the
-    weight on position 0), layer, index. Raises InputError if the scan has no `/heads` or `thresholds` an unknown name.
+    Columns:
+
+    - head ("5.1"), label, score, with low and high, its 95 % interval; layer, index.
+    - off_sink: the share of the weight beside position 0. uniform, null_mean, null_std; margin over both.
+    - borderline: the interval of what the label asks for holds the threshold.
+    - on_first: the weight on position 0.
+    - written: the score with each weight times the length of its value, so whether the head writes what it looks at;
+      output_share: how long it writes. Both from `/outputs`.
+
+    `.attrs["not_judged"]` says of each label that the tokens can't tell why. Raises InputError if the scan has no
+    `/heads`, `thresholds` has an unknown name, or a number is none.
 
     >>> import metaint, torch
     >>> from metaint.toys.small import small_transformer
@@ -86,25 +92,64 @@ def label_heads(
     """
     heads = heads_of(scan)
     limits = {**THRESHOLDS, **(thresholds or {})}
+    for name, number in {**limits, "margin": margin, "deviations": deviations}.items():
+        if not np.isfinite(number):
+            raise InputError(f"{name} is {number}: give a number.")
     unknown = sorted(set(limits) - set(THRESHOLDS))
     if unknown:
         raise InputError(f"thresholds names {unknown[0]!r}: the labels are {', '.join(THRESHOLDS)}.")
+    outputs = outputs_of(scan)
+    cases = evidence(heads, outputs)
+    earned = {label: _earned(case, limits[label], margin, deviations, strict) for label, case in cases.items()}
+    if "inactive" in cases:
+        nothing = cases["inactive"].score > WRITES_NOTHING
+        for label in earned.keys() - {"inactive"}:
+            earned[label] &= ~nothing
     rows = []
-    earned = np.zeros((heads.sizes["layer"], heads.sizes["head"]), dtype=bool)
-    on_first = _values(heads, "first_token")
-    for label, case in evidence(heads).items():
-        spread = np.nan_to_num(case.null_std, nan=0.0) * deviations
-        enough = case.allowed & (case.score >= limits[label]) & (case.score - case.floor >= margin)
-        enough &= case.score >= np.nan_to_num(case.null_mean, nan=-np.inf) + spread
-        enough &= np.isnan(case.low) | (case.low > case.floor)
-        earned |= enough
-        rows += [_row(i, j, label, case, on_first) for i, j in np.argwhere(enough)]
-    read = np.ones(len(earned), dtype=bool)  # layers that don't attend have no heads to name
-    if "layer_kind" in heads.coords:
-        read = heads["layer_kind"].values == "attention"
-    rows += [_row(i, j, "none", None, on_first) for i, j in np.argwhere(~earned & read[:, None])]
+    for label, case in cases.items():
+        borderline = case.borderline(limits[label])
+        for i, j in np.argwhere(earned[label]):
+            rows.append({**_row(i, j, label, case, heads, outputs), "borderline": bool(borderline[i, j])})
+    unnamed = _attending(heads) & ~np.any(list(earned.values()), axis=0)
+    rows += [{**_place(i, j, "none"), "borderline": False} for i, j in np.argwhere(unnamed)]
+    for row in rows:
+        place = row["layer"], row["index"]
+        row["on_first"] = float(values(heads, "first_token")[place])
+        row["output_share"] = float(values(outputs, "output_share", heads)[place])
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.sort_values(["layer", "index", "margin"], ascending=[True, True, False], ignore_index=True)
+    table = table.sort_values(["layer", "index", "margin"], ascending=[True, True, False], ignore_index=True)
+    table.attrs["not_judged"] = not_judged(heads)
+    return table
+
+
+def _earned(case: Evidence, threshold: float, margin: float, deviations: float, strict: bool) -> np.ndarray:
+    """Where a label is earned, (layer, head)."""
+    spread = np.nan_to_num(case.null_std, nan=0.0) * deviations
+    enough = case.allowed & (case.asked.value >= threshold) & (case.score - case.floor >= margin)
+    enough &= case.score >= np.nan_to_num(case.null_mean, nan=-np.inf) + spread
+    enough &= np.isnan(case.low) | (case.low > case.floor)
+    return enough & (case.asked.low >= threshold) if strict else enough
+
+
+def _attending(heads: xr.Dataset) -> np.ndarray:
+    """Heads there are to name, (layer, head): a layer that does not attend has none."""
+    attends = np.ones((heads.sizes["layer"], heads.sizes["head"]), dtype=bool)
+    if "layer_kind" in heads.coords:
+        attends &= (heads["layer_kind"].values == "attention")[:, None]
+    return attends
+
+
+def not_judged(heads: xr.Dataset) -> dict[str, str]:
+    """The labels that nobody can earn on these tokens, each with the reason."""
+    reasons = {}
+    name = induction_source(heads)
+    if name == "prefix_match_correct" and not enough_matches(heads, name):
+        count = int(np.nan_to_num(values(heads, f"{name}_count")).max())
+        reasons["induction"] = (
+            f"the tokens do not repeat as a block, and at {count} queries alone an earlier token comes again with the "
+            f"same one behind it: {ENOUGH_MATCHES} in two sequences or more are needed."
+        )
+    return reasons
 
 
 def telling_heads(scan: xr.DataTree | xr.Dataset, most: int = 15) -> pd.DataFrame:
@@ -145,67 +190,22 @@ def heads_of(scan: xr.DataTree | xr.Dataset) -> xr.Dataset:
     return group  # type: ignore[return-value]
 
 
-def evidence(heads: xr.Dataset) -> dict[str, Evidence]:
-    """What each label rests on, for the labels whose measures the scan holds."""
-    by_label = {}
-    sources = {
-        "previous_token": "previous_token",
-        "duplicate_token": "duplicate_token",
-        "sink": "first_token",
-    }
-    for label, name in sources.items():
-        if name in heads:
-            by_label[label] = _evidence(heads, name)
-    stripe = "induction" in heads and float(heads["induction_count"].max()) > 0
-    name = "induction" if stripe else "prefix_match"
-    if name in heads:
-        by_label["induction"] = _evidence(heads, name)
-    if {"local_mass", "previous_token", "current_token"} <= set(heads):
-        one = np.fmax(_values(heads, "previous_token"), _values(heads, "current_token"))
-        by_label["local"] = _evidence(heads, "local_mass", one <= _values(heads, "local_mass") / 2)
-    if "averaging" in heads:
-        score = _values(heads, "averaging")
-        typical = _typical(score, heads)
-        near = 1 - score <= TYPICAL_DEPARTURE * (1 - typical)
-        by_label["averaging"] = _evidence(heads, "averaging", near, typical)
-    if {"max_weight", "tied_keys"} <= set(heads):
-        few = heads["tied_keys"].sel(tau=0.1, method="nearest").transpose("layer", "head").values <= 2
-        by_label["argmax"] = _evidence(heads, "max_weight", few)
-    return by_label
+def outputs_of(scan: xr.DataTree | xr.Dataset) -> xr.Dataset | None:
+    """The `/outputs` of a scan that holds them."""
+    if isinstance(scan, xr.DataTree) and "outputs" in scan.children:
+        outputs = scan["outputs"].to_dataset()
+        return outputs if "layer" in outputs.dims else None
+    return None
 
 
-def _typical(score: np.ndarray, heads: xr.Dataset) -> np.ndarray:
-    """Median of a score over the heads whose layers have the same attention window."""
-    median = np.empty_like(score)
-    windows = heads["window"].values if "window" in heads.coords else np.zeros(len(score))
-    for window in np.unique(windows):
-        alike = windows == window
-        median[alike] = np.nan if np.isnan(score[alike]).all() else np.nanmedian(score[alike])
-    return median
+def _row(i: int, j: int, label: str, case: Evidence, heads: xr.Dataset, outputs: xr.Dataset | None) -> dict[str, Any]:
+    """What a label rests on at one head."""
+    names = ("score", "uniform", "null_mean", "null_std", "margin", "low", "high")
+    row = {name: float(getattr(case, name)[i, j]) for name in names}
+    row["off_sink"] = float(values(heads, f"{case.variable}_off_sink")[i, j])
+    row["written"] = float(values(outputs, f"{case.variable}_written", heads)[i, j])
+    return {**_place(i, j, label), **row}
 
 
-def _evidence(
-    heads: xr.Dataset, name: str, allowed: np.ndarray | None = None, typical: np.ndarray | None = None
-) -> Evidence:
-    score, low, high = (_values(heads, name + part) for part in ("", "_low", "_high"))
-    uniform, mean, deviation = (_values(heads, name + part) for part in ("_uniform", "_null_mean", "_null_std"))
-    if typical is not None:
-        uniform, mean = np.full(score.shape, np.nan), typical
-    everywhere = np.ones(score.shape, dtype=bool)
-    allowed = everywhere if allowed is None else allowed
-    return Evidence(score, uniform, mean, deviation, low, high, allowed)
-
-
-def _values(heads: xr.Dataset, name: str) -> np.ndarray:
-    if name not in heads:
-        return np.full((heads.sizes["layer"], heads.sizes["head"]), np.nan)
-    return heads[name].transpose("layer", "head").values
-
-
-def _row(i: int, j: int, label: str, evidence: Evidence | None, on_first: np.ndarray) -> dict[str, object]:
-    row: dict[str, object] = {"head": f"{i}.{j}", "label": label, "layer": int(i), "index": int(j)}
-    row["on_first"] = float(on_first[i, j])
-    if evidence is not None:
-        names = ("score", "uniform", "null_mean", "null_std", "margin", "low", "high")
-        row.update({name: float(getattr(evidence, name)[i, j]) for name in names})
-    return row
+def _place(i: int, j: int, label: str) -> dict[str, Any]:
+    return {"head": f"{i}.{j}", "label": label, "layer": int(i), "index": int(j)}

@@ -90,6 +90,32 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def alike_tokens(model: Any) -> Int[Tensor, " vocabulary"]:
+    """A class for each token id: ids whose texts differ in case and in spaces around them share the lowest of them.
+
+    `model` has a `tokenizer` with `batch_decode`. For `metaint.measures.matches.prefix_match_of`. Raises InputError
+    for a model without one.
+
+    >>> import metaint
+    >>> from metaint.tasks import alike_tokens
+    >>> class Words:
+    ...     def batch_decode(self, ids): return [["The", " the", "", " a"][i] for i, in ids]
+    >>> class Model:
+    ...     tokenizer, cfg = Words(), type("Config", (), {"d_vocab": 4})
+    >>> alike_tokens(Model()).tolist()
+    [0, 0, 2, 3]
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError("model has no tokenizer, which says what tokens are alike: open it with one.")
+    lowest: dict[str, int] = {}
+    classes = []
+    for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(int(model.cfg.d_vocab))])):
+        word = text.strip().lower()
+        classes.append(lowest.setdefault(word, i) if word else i)
+    return torch.tensor(classes)
+
+
 def python_prose() -> str:
     """The prose that ships with Python: the language reference behind `help()`, 450 to 700 kB of English.
 

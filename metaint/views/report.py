@@ -31,8 +31,9 @@ _FACTS = {
     "tokens_shape": "tokens (sequences, length)", "bos": "begins with BOS", "seed": "seed",
 }  # fmt: skip
 _COLUMNS = {
-    "head": "head", "label": "label", "score": "score", "low": "95 % from", "high": "to", "uniform": "uniform",
-    "null_mean": "null", "null_std": "null's deviation", "margin": "margin", "on_first": "on first token",
+    "head": "head", "label": "label", "score": "score", "low": "95 % from", "high": "to", "off_sink": "off sink",
+    "borderline": "near the line", "uniform": "uniform", "null_mean": "null", "null_std": "null's deviation",
+    "margin": "margin", "on_first": "on first token", "written": "written", "output_share": "output share",
 }  # fmt: skip
 
 
@@ -151,13 +152,15 @@ def _label_table(scan: xr.DataTree) -> str:
     left = f"{table['label'].tolist().count('none')} of {table['head'].nunique()} heads earned no label."
     if named.empty:
         return f"<p>{left}</p>"
+    columns = {name: title for name, title in _COLUMNS.items() if bool(named[name].notna().any())}
     heads = "".join(
-        f'<th aria-sort="none"><button type="button">{escape(title)}</button></th>' for title in _COLUMNS.values()
+        f'<th aria-sort="none"><button type="button">{escape(title)}</button></th>' for title in columns.values()
     )
-    rows = "".join(f"<tr>{''.join(_cell(row, name) for name in _COLUMNS)}</tr>" for row in named.to_dict("records"))
+    rows = "".join(f"<tr>{''.join(_cell(row, name) for name in columns)}</tr>" for row in named.to_dict("records"))
     return (
-        "<p>How to read: a label needs a score above its threshold, above what uniform attention scores on the same "
-        "tokens, and above its null; margin is how far the score lies above the larger of both. It misleads where read "
+        "<p>How to read: a label asks for its threshold of the score, or of the share of the weight beside position 0 "
+        "(off sink), and for a score above what uniform attention scores on the same tokens and above its null; margin "
+        "is how far above the larger of both; near the line: other tokens may undo it. It misleads where read "
         f"as what a head is for: it tells where a head looks. {left} Click on a column to sort by it.</p>"
         '<p><label>Filter <input type="search" class="filter" placeholder="induction, or 5.1"></label> '
         '<span class="count" role="status"></span></p><div class="scroll"><table class="sortable">'
@@ -178,6 +181,8 @@ def _cell(row: dict[Any, Any], name: str) -> str:
         return f"<td>{escape(row[name])}</td>"
     if name == "head":
         return f'<td data-value="{row["layer"] * 10**6 + row["index"]}">{escape(row[name])}</td>'
+    if name == "borderline":
+        return f'<td data-value="{int(row[name])}">{"yes" * row[name]}</td>'
     value = float(row[name])
     return f'<td data-value="{"" if math.isnan(value) else value}">{number(value)}</td>'
 

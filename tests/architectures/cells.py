@@ -164,27 +164,38 @@ def _scores(subject: Subject, scan: Any, run: Run, mask: Tensor) -> Iterator[tup
     if len(run.attentions) != len(subject.reference.attends):
         raise NoReference(f"transformers tells the attention of {len(run.attentions)} layers")
     expected = {name: np.full(shape, np.nan) for name in (*KINDS, *STATISTICS)}
-    for layer, attention in zip(subject.reference.attends, run.attentions, strict=True):
+    runs = zip(subject.reference.attends, run.attentions, subject.clean.attentions, strict=True)
+    for layer, attention, clean in runs:
+        window = _window(clean) if subject.causal else len(subject.tokens[0])
         for head in range(shape[1]):
-            for name, value in _plain_scores(subject, attention[:, head].tolist(), mask).items():
+            for name, value in _plain_scores(subject, attention[:, head].tolist(), mask, window).items():
                 expected[name][layer, head] = value
     for name, values in expected.items():
         yield scan[name].values, values
 
 
-def _plain_scores(subject: Subject, patterns: list[Any], mask: Tensor) -> dict[str, float]:
+def _window(attention: Tensor) -> int:
+    """How many keys the farthest-sighted query of a causal layer sees, by the weights that are not 0."""
+    *_, query, key = attention.nonzero(as_tuple=True)
+    return int((query - key).max()) + 1
+
+
+def _plain_scores(subject: Subject, patterns: list[Any], mask: Tensor, window: int) -> dict[str, float]:
     sums = dict.fromkeys((*KINDS, *STATISTICS), 0.0)
     counts = dict.fromkeys(sums, 0)
     rows = zip(patterns, subject.tokens.tolist(), mask.tolist(), strict=True)
     for pattern, tokens, real in rows:
         for query in (q for q in range(len(tokens)) if plain.counted(real, q)):
+            nearest = query - window + 1
             for kind in KINDS:
-                if keys := plain.keys_of(kind, tokens, real, query, subject.causal):
+                keys = plain.keys_of(kind, tokens, real, query, subject.causal)
+                if keys := [key for key in keys if key >= nearest]:
                     sums[kind] += sum(pattern[query][key] for key in keys)
                     counts[kind] += 1
             total = sum(pattern[query])  # less than one where a learnt sink takes the rest
             row = [weight / total for weight in pattern[query]]
-            statistics = plain.statistics_of(row, real, query, subject.causal)
+            seen = [is_real and key >= nearest for key, is_real in enumerate(real)]
+            statistics = plain.statistics_of(row, seen, query, subject.causal)
             for name in STATISTICS:
                 sums[name] += statistics[name]
                 counts[name] += 1

@@ -67,7 +67,12 @@ def test_clean_is_the_scans_variable(kind, measure):
         ({"layers": [1]}, expected[1].mean()),
         ({"heads": ["1.1", "0.0"]}, expected[[0, 1], [0, 1]].mean()),
     ):
-        found = ablate(model, tokens, ["0.0"], metric=scan_metric(measure.name, tau=tau, **chosen), batch_size=3)
+        metric = scan_metric(measure.name, tau=tau, **chosen)
+        if np.isnan(value):  # a window hides it in one of the layers
+            with pytest.raises(InputError, match="name other layers"):
+                ablate(model, tokens, ["0.0"], metric=metric)
+            continue
+        found = ablate(model, tokens, ["0.0"], metric=metric, batch_size=3)
         assert float(found["clean"]) == pytest.approx(value, abs=1e-6, rel=1e-6)
 
 

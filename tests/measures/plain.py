@@ -51,6 +51,8 @@ def keys_of(kind, tokens, mask, q, causal):
         return follow
     if kind == "prefix_match_recent":
         return follow[-1:]
+    if kind == "prefix_match_correct":
+        return [k for k in follow if q + 1 < n and mask[q + 1] and tokens[k] == tokens[q + 1]]
     assert kind == "induction"
     period, start = period_of(tokens, mask)
     if period is None:

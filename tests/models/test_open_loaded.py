@@ -34,7 +34,7 @@ def test_it_computes_the_same_and_the_owners_stays(kind):
 
     assert not model.training
     torch.testing.assert_close(model(TOKENS), want, rtol=1e-4, atol=1e-4)
-    assert bool(metaint.scan(model)["heads"]["induction"].notnull().all())
+    assert bool(metaint.scan(model)["heads"]["previous_token"].notnull().all())
     assert {name: (id(m), type(m), m.training) for name, m in theirs.named_modules()} == modules
     assert (theirs.config.to_dict(), list(theirs.state_dict())) == (config, names)
     assert theirs.config._attn_implementation == attention

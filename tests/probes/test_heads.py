@@ -1,6 +1,7 @@
 """HeadProbe inside other people's forward passes: same numbers however the model is run, and no trace left."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import metaint
 from metaint.errors import ActivationError, HookAuditError, InputError
 from metaint.measures import attention
+from metaint.measures.tile import Context
 from metaint.models.describe import shape_of
+from metaint.models.inputs import InputWatch
 from metaint.tasks import repeated_tokens
 from tests.builders import available_kinds, build
 from tests.measures import plain
@@ -99,11 +102,13 @@ def test_cache_without_patterns_is_refused(gpt2, repeated):
 
 def test_generation_with_a_cache_equals_the_whole_pass(gpt2):
     prompt = random_tokens(gpt2, 2, 10)
-    with torch.no_grad(), metaint.attach(gpt2, metaint.HeadProbe()) as probe:
+    # All but the one that needs the next token, which a step does not have.
+    measures = [measure for measure in attention.HEAD_MEASURES if measure.name != "prefix_match_correct"]
+    with torch.no_grad(), metaint.attach(gpt2, metaint.HeadProbe(measures)) as probe:
         out = gpt2.generate(prompt, max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False)
     assert probe.counts[0].shape[0] == 2
     assert len(probe.counts) == 1  # steps go on with the prompt's sequences
-    assert_same(probe.to_scan(), metaint.scan(gpt2, out[:, :-1]))
+    assert_same(probe.to_scan(), metaint.scan(gpt2, out[:, :-1], [metaint.HeadProbe(measures)]))
 
 
 @pytest.mark.parametrize("kind", [k for k in ("llama", "gemma2", "neox") if k in available_kinds()])
@@ -273,3 +278,52 @@ def test_kinds_alone_in_double_precision():
     expected = metaint.scan(model, tokens, [metaint.HeadProbe(["first_token"])])["heads"]["first_token"]
     found = metaint.scan(model.to(torch.float64), tokens, [metaint.HeadProbe(["first_token"])])["heads"]["first_token"]
     assert found.values == pytest.approx(expected.values, abs=1e-6)
+
+
+def windowed(kind, window):
+    """A model whose layers see `window` keys back, by its shape; the patterns are given by hand."""
+    model = build(kind)
+    probe = metaint.HeadProbe()
+    probe.prepare(model)
+    probe._shape = dataclasses.replace(probe.shape, windows=(window,) * probe.shape.n_layers)
+    return model, probe
+
+
+def test_queries_that_a_window_keeps_from_position_0_do_not_count_for_it(gpt2):
+    """A head that looks at position 0 wherever it can see it scores 1, and one that averages its window averages."""
+    window, length = 8, 20
+    keys = torch.arange(length)
+    seen = (keys <= keys[:, None]) & (keys > keys[:, None] - window)
+    even = seen / seen.sum(-1, keepdim=True)
+    sink = even.clone()
+    sink[:window] = 0
+    sink[:window, 0] = 1
+    pattern = torch.stack([sink, even, even, even]).expand(2, -1, -1, -1)
+    tokens = torch.arange(2 * length).view(2, length) % 95
+    watch = InputWatch()
+    watch.begin(tokens, None)
+    _, probe = windowed("gpt2", window)
+    for name in probe.hook_names(probe.shape):
+        probe.update(name, pattern, watch)
+    heads = probe.to_dataset().isel(layer=0)
+    assert float(heads["first_token"][0]) == pytest.approx(1)
+    assert float(heads["first_token_count"][0]) == 2 * (window - 1)
+    harmonic = sum(1 / (q + 1) for q in range(1, window)) / (window - 1)
+    assert float(heads["first_token"][1]) == pytest.approx(harmonic)
+    assert float(heads["first_token_uniform"][1]) == pytest.approx(harmonic)
+    assert float(heads["averaging"][1]) == pytest.approx(1)
+    assert float(heads["entropy"][1]) == pytest.approx(1)
+    assert float(heads["previous_token_null_mean"][1]) == pytest.approx(float(heads["previous_token_uniform"][1]))
+
+
+@pytest.mark.parametrize("padded", ["left", "right"])
+def test_a_window_is_that_of_plain_python(padded):
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    mask[0, : 3 if padded == "left" else 0] = False
+    mask[0, 9 if padded == "right" else 12 :] = False
+    context = Context(torch.arange(12), mask, torch.arange(12)[None], True, window=4)
+    for q in range(12):
+        seen = [k for k in range(12) if q - 4 < k <= q and mask[0, k]]
+        assert context.visible[0, q].nonzero().squeeze(-1).tolist() == seen
+        assert float(context.n_visible[0, q]) == max(1, len(seen))
+        assert bool(context.sees_first[0, q]) == (q - 4 < int(context.first) <= q)

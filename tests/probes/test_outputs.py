@@ -223,6 +223,9 @@ def planted(kind):
     return model, tokens, head, list(places)
 
 
+WRITTEN = ("inactive", "copying", "suppressing")
+
+
 @pytest.mark.parametrize("kind", PLANTED_IN)
 def test_planted_heads_are_found_and_no_others(kind):
     model, tokens, suppressing, drained = planted(kind)
@@ -240,6 +243,10 @@ def test_planted_heads_are_found_and_no_others(kind):
     assert places(says < -0.5) == [(0, suppressing)]
     assert places(says > 0.5) == []
     assert found["previous_token_written"].isnull().values[0, 0]  # no length to take a share of
+    labels = metaint.label_heads(metaint.scan(model, tokens, [metaint.HeadProbe(), metaint.OutputProbe(positions=ALL)]))
+    of_outputs = {(row.head, row.label) for row in labels.itertuples() if row.label in WRITTEN}
+    assert of_outputs == {("0.0", "inactive"), (f"0.{suppressing}", "suppressing")}
+    assert set(labels.query("head == '0.0'")["label"]) == {"inactive"}
     model.blocks[0].attn.W_O.data[suppressing] *= -1
     found = metaint.scan(model, tokens, [metaint.OutputProbe(positions=ALL)])["outputs"]
     assert places(found["copying_deviations"] - found["copying_deviations_null"] > 0.5) == [(0, suppressing)]

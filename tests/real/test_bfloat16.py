@@ -33,7 +33,7 @@ def test_scores_agree(scans, name):
 def test_labels_agree(scans):
     wide, narrow = (metaint.label_heads(scan).groupby("label")["head"].agg(set).to_dict() for scan in scans)
     assert wide.keys() == narrow.keys()
-    assert {"induction", "previous_token", "sink", "local", "averaging", "duplicate_token"} <= wide.keys()
+    assert {"induction", "previous_token", "sink", "local", "current_token", "duplicate_token"} <= wide.keys()
     for label, heads in wide.items():
         both = heads & narrow[label]
         assert len(both) / len(heads | narrow[label]) >= SHARED, label

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from rich.table import Table
 
 from metaint.errors import InputError
 from metaint.measures.attention import HEAD_MEASURES
+from metaint.scans.evidence import evidence
 from metaint.scans.finding import Scan
-from metaint.scans.labels import THRESHOLDS, evidence, heads_of, label_heads, telling_heads
+from metaint.scans.labels import SPECIFIC, THRESHOLDS, heads_of, label_heads, telling_heads
 from metaint.views.drawing.terminal import cell_width, number, plain_table
 from metaint.views.groups.group_view import group_json
 
@@ -24,6 +25,10 @@ TAU_SHOWN = 0.5
 MOST_ROWS = 400
 # Heads in one that is.
 FEW_ROWS = 50
+# With more labels than this, those that many heads hold are cut short.
+FEW_LABELS = 60
+# Heads of such a label that are shown.
+FEW_OF_A_LABEL = 8
 
 
 def _with_tau(name: str) -> str:
@@ -84,13 +89,14 @@ def _measured(heads: xr.Dataset) -> tuple[list[str], list[str]]:
     """The scores that were measured, our own first, and at the shown tau those that have one for each tau."""
     known = [measure.name for measure in HEAD_MEASURES]
     counted = [str(name)[: -len("_count")] for name in heads if str(name).endswith("_count")]
+    counted = [name for name in counted if "lag" not in heads[name].dims]
     names = sorted(counted, key=lambda name: known.index(name) if name in known else len(known))
     scores = [name for name in names if "tau" not in heads[name].dims]
     return scores, [_with_tau(name) for name in names if "tau" in heads[name].dims]
 
 
 def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled heads") -> None:
-    """The labelled heads with score, baseline, null and interval."""
+    """The labelled heads with what their labels rest on: of a label that many hold, those with the widest margins."""
     labels = label_heads(scan)
     named = labels.query("label != 'none'")
     order = list(THRESHOLDS)
@@ -99,22 +105,74 @@ def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled hea
     total = len(set(labels["head"]))
     if named.empty:
         console.print(f"None of the {total} heads earns a label.")
+        _print_not_judged(console, labels)
         return
+    columns = _evidence_columns(console.width, bool(named["output_share"].notna().any()))
     count = len(set(named["head"]))
-    columns = (("head", "label"), ("score", "interval", "uniform", "null", "margin", "on first"))
-    table = plain_table(f"{title}: {count} of {total}", *columns, tight=console.width < 90, no_wrap=True)
-    for row in named.to_dict("records"):
-        interval = "" if math.isnan(row["low"]) else f"{number(row['low'])}–{number(row['high'])}"
-        null = "" if math.isnan(row["null_mean"]) else number(row["null_mean"])
-        null += "" if math.isnan(row["null_std"]) else f" ± {number(row['null_std'])}"
-        numbers = (interval, number(row["uniform"]), null, number(row["margin"]), number(row["on_first"]))
-        table.add_row(row["head"], row["label"], f"[bold]{number(row['score'])}[/]", *numbers)
+    tight = console.width < 90
+    table = plain_table(f"{title}: {count} of {total}", ("head", "label"), columns, tight=tight, no_wrap=True)
+    few = len(named) <= FEW_LABELS
+    for label, rows in named.groupby("label", sort=False):
+        shown = rows if few else rows.head(FEW_OF_A_LABEL)
+        for row in shown.to_dict("records"):
+            near = "?" if row["borderline"] else ""
+            table.add_row(row["head"], row["label"] + near, *(_CELLS[name](row) for name in columns))
+        if len(shown) < len(rows):
+            table.add_row("…", f"{len(rows) - len(shown)} more of {label}", style="dim")
     console.print(table)
-    console.print(
-        "[dim]interval: 95 %, by resampling sequences; uniform: what even attention scores on these tokens; "
-        "null: the same rows read at random other keys (for averaging: the model's typical head); "
-        "on first: weight on position 0, the attention sink.[/]\n"
-    )
+    words = [f"{name}: {_WORDS[name]}" for name in columns if name in _WORDS]
+    console.print(f"[dim]{'; '.join([*words, '?: other tokens may undo it'])}.[/]")
+    _print_not_judged(console, labels)
+    console.print()
+
+
+def _evidence_columns(width: int, written: bool) -> list[str]:
+    """What is shown of each label's evidence, in the order in which it matters, as far as there is room."""
+    columns = ["score", "interval", "off sink", "on first"]
+    if written:
+        columns += ["written", "share"]
+    if width >= (110 if written else 90):
+        columns += ["uniform", "null"]
+    return columns
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return "" if math.isnan(row["low"]) else f"{number(row['low'])}–{number(row['high'])}"
+
+
+def _null(row: dict[str, Any]) -> str:
+    if math.isnan(row["null_mean"]):
+        return ""
+    spread = "" if math.isnan(row["null_std"]) else f" ± {number(row['null_std'])}"
+    return number(row["null_mean"]) + spread
+
+
+# What stands in each column of the labels' table, and what the words under it say.
+_CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "score": lambda row: f"[bold]{number(row['score'])}[/]",
+    "interval": _interval,
+    "off sink": lambda row: number(row["off_sink"]),
+    "on first": lambda row: number(row["on_first"]),
+    "written": lambda row: number(row["written"]),
+    "share": lambda row: number(row["output_share"]),
+    "uniform": lambda row: number(row["uniform"]),
+    "null": _null,
+}
+_WORDS = {
+    "interval": "95 %, by resampling sequences",
+    "off sink": "of the weight beside position 0, of which kinds of tokens ask",
+    "on first": "weight on position 0, the attention sink",
+    "written": "the score weighted by values",
+    "share": "length written, over the layer's mean",
+    "uniform": "what even attention scores on these tokens",
+    "null": "the same rows read at random other keys (averaging: the other heads of the layer)",
+}
+
+
+def _print_not_judged(console: Console, labels: pd.DataFrame) -> None:
+    """The labels that these tokens can't tell, with the reason."""
+    for label, reason in labels.attrs["not_judged"].items():
+        console.print(f"[dim]No head is judged as {label}: {reason}[/]")
 
 
 def print_telling(console: Console, scan: xr.DataTree, on_text: xr.DataTree, most: int = 15) -> None:
@@ -124,21 +182,27 @@ def print_telling(console: Console, scan: xr.DataTree, on_text: xr.DataTree, mos
         console.print("No head earns a label.")
         return
     others = evidence(heads_of(on_text))
-    also = label_heads(on_text).query("label != 'none'").groupby("head")["label"].agg(", ".join)
-    columns = (("head", "label"), ("score", "interval", "uniform", "null", "on text"))
-    table = plain_table(f"The {len(chosen)} most telling heads", *columns, tight=console.width < 90, no_wrap=True)
-    table.add_column("labels on text")
+    labels = label_heads(on_text)
+    also = labels[labels["label"].isin(SPECIFIC)].groupby("head")["label"].agg(", ".join)
+    title, tight = f"The {len(chosen)} most telling heads", console.width < 90
+    columns = (("head", "label"), ("score", "interval", "null", "off sink", "on text"))
+    table = plain_table(title, *columns, tight=tight, no_wrap=True)
+    table.add_column("label on text")
     for row in chosen.to_dict("records"):
         interval = f"{number(row['low'])}–{number(row['high'])}"
-        on_text_score = float(others[row["label"]].score[row["layer"], row["index"]])
-        numbers = (interval, number(row["uniform"]), number(row["null_mean"]), number(on_text_score))
+        on_text_score = "–"
+        if row["label"] in others:
+            on_text_score = number(float(others[row["label"]].asked.value[row["layer"], row["index"]]))
+        off_sink = number(row["off_sink"])
+        numbers = (interval, number(row["null_mean"]), off_sink, on_text_score)
         score = f"[bold]{number(row['score'])}[/]"
         table.add_row(row["head"], row["label"], score, *numbers, also.get(row["head"], "–"))
     console.print(table)
     console.print(
         "[dim]score: share of attention on the tokens of this kind, of repeated random tokens, where the kind is "
-        "defined; interval: 95 %, by resampling sequences; uniform: what even attention scores there; null: the same "
-        "rows read at random other keys; on text: the same on prose (induction as prefix match).[/]\n"
+        "defined; interval: 95 %, by resampling sequences; null: the same rows read at random other keys; off sink: "
+        "the share of the weight beside position 0; on text: the same on prose (induction at matches whose "
+        "continuation repeats).[/]\n"
     )
 
 

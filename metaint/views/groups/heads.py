@@ -12,14 +12,16 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from metaint.errors import InputError
+from metaint.scans.evidence import induction_source
 from metaint.scans.finding import Scan, one_group
 from metaint.scans.labels import label_heads
 from metaint.views.drawing.panels import SHADES, finish, shares_scale, there, whole_ticks
 from metaint.views.drawing.terminal import number
 from metaint.views.groups.group_view import GroupView
 from metaint.views.groups.head_tables import head_frame, heads_json, print_scan
+from metaint.views.groups.lags import plot_lags
 
-# What is drawn unless asked otherwise; `prefix_match` takes the place of `induction` on tokens that don't repeat.
+# What is drawn unless asked otherwise; on tokens that don't repeat, matches take the place of `induction`.
 _MAIN = (
     "induction", "previous_token", "duplicate_token", "first_token", "local_mass", "averaging", "max_weight", "entropy",
 )  # fmt: skip
@@ -27,6 +29,7 @@ _MAIN = (
 _MARKED_ON = {
     "previous_token": "previous_token",
     "duplicate_token": "duplicate_token",
+    "current_token": "current_token",
     "sink": "first_token",
     "local": "local_mass",
     "averaging": "averaging",
@@ -50,9 +53,9 @@ def plot_heads(scan: Scan, scores: Sequence[str] | None = None) -> go.Figure:
     """A map of each score, heads across and layers down, beside what uniform attention scores; labelled heads marked.
 
     - `scan`: a scan, or its `/heads`.
-    - `scores`: names of (layer, head) variables that were measured; by default induction (`prefix_match` where the
-      tokens don't repeat), previous, duplicate and first token, local mass, averaging, the largest weight, and entropy,
-      as far as the scan has them. Scores between 0 and 1 share a scale.
+    - `scores`: names of (layer, head) variables that were measured; by default induction (`prefix_match_correct` where
+      the tokens don't repeat), previous, duplicate and first token, local mass, averaging, the largest weight, and
+      entropy, as far as the scan has them. Scores between 0 and 1 share a scale.
 
     A label's dot is on the map of the score that earned it; the labels are those of `metaint.label_heads`. Raises
     InputError where a scan has no `/heads`, is a recording over several steps, or lacks a score.
@@ -99,7 +102,7 @@ def _chosen(data: xr.Dataset, scores: Sequence[str] | None) -> list[str]:
         if set(data[name].dims) == {"layer", "head"} and f"{name}_count" in data and there(data, str(name))
     ]
     if scores is None:
-        induction = "induction" if "induction" in measured else "prefix_match"
+        induction = induction_source(data)
         main = [induction if name == "induction" else name for name in _MAIN]
         scores = [name for name in main if name in measured] or measured
         if not scores:
@@ -159,8 +162,8 @@ def _mark(
     height: float, row: int, col: int,
 ) -> None:  # fmt: skip
     """A dot in the cell of each head whose label rests on this score; nothing where there is none."""
-    stripe = "induction" if there(data, "induction") else "prefix_match"
-    wanted = [label for label, source in {**_MARKED_ON, "induction": stripe}.items() if source == name]
+    sources = {**_MARKED_ON, "induction": induction_source(data)}
+    wanted = [label for label, source in sources.items() if source == name]
     places = [at for at, earned in labels.items() if set(wanted) & set(earned)]
     if not places:
         return
@@ -216,9 +219,14 @@ _CAPTION = (
 )
 
 
+def _figures(scan: xr.DataTree) -> dict[str, go.Figure]:
+    curves = {"lags": plot_lags(scan)} if "by_lag" in scan["heads"].dataset else {}
+    return {"heads": plot_heads(scan), **curves}
+
+
 VIEW = GroupView(
     group="heads",
-    figures=lambda scan: {"heads": plot_heads(scan)},
+    figures=_figures,
     frames={"heads": head_frame, "labels": label_heads},
     shown=(("layer", "head"), ("tau", "layer", "head")),
     print=print_scan,
