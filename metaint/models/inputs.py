@@ -156,16 +156,19 @@ def watching(model: Model, masks_checked: bool = False) -> Iterator[InputWatch]:
 
     def on_block(_: Any, args: tuple, kwargs: dict) -> None:
         entry = kwargs.get("past_kv_cache_entry")
-        watch.note(kwargs.get("attention_mask"), entry.past_keys.shape[1] if entry is not None else None)
+        past = None if entry is None else entry.past_keys.shape[1]
+        watch.note(kwargs.get("attention_mask"), past)
 
     cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
 
     def on_output(module: Any, _: Any, output: Any) -> None:
         logits = getattr(output, "logits", output)
         logits = logits[0] if isinstance(logits, tuple) else logits
+        # HookedTransformer caps what its unembedding gives, the wrapped models cap their own.
+        if watch.readers and cap > 0 and module is not wrapped:
+            logits = cap * torch.tanh(logits / cap)
         for reader in watch.readers:
-            # HookedTransformer caps what its unembedding gives, the wrapped models cap their own.
-            reader(cap * torch.tanh(logits / cap) if cap > 0 and module is not wrapped else logits)
+            reader(logits)
 
     def on_unembed(_: Any, args: tuple) -> tuple | None:
         where = watch.logits_at

@@ -58,7 +58,8 @@ def open_model(
     Traceback (most recent call last):
     metaint.errors.ModelError: ...
     """
-    kind = as_dtype("float32" if dtype is None else dtype)
+    wanted = "float32" if dtype is None else dtype
+    kind = as_dtype(wanted)
     _check_device(device)
     check_missing(missing)
     if revision is not None and checkpoint is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metaint.errors import InputError, door
 from metaint.models.describe import check_open, weight_processing
 from metaint.models.protocol import Model
+from metaint.models.reading import roots_of
 from metaint.models.swapped import Swapped, copies_of
 
 Select = Literal["all", "attention"] | Callable[[str, Tensor], bool]
@@ -89,10 +90,10 @@ def place_of(name: str) -> Place:
         return Place(layer, "norm")
     if layer is None:
         unembeds = any("unembed" in piece or piece in ("mlm_head", "lm_head") for piece in path)
-        return Place(None, "unembedding" if unembeds else "embedding")
+        return Place(None, "unembedding") if unembeds else Place(None, "embedding")
     inside = path[path.index("blocks") + 2 :]
     in_attention = any(_ATTENTION.match(piece) for piece in inside)
-    return Place(layer, "attention" if in_attention else "mlp")
+    return Place(layer, "attention") if in_attention else Place(layer, "mlp")
 
 
 def chosen(model: Model, select: Select = "all", *, allow_folded: bool = False) -> dict[str, Tensor]:
@@ -175,10 +176,8 @@ def check_finite(model: Model) -> None:
 
 def _all_parameters(model: Model) -> dict[str, Tensor]:
     """Every parameter of a model and of the model that it wraps, by a name of its own."""
-    roots = {"": model, "wrapped.": getattr(model, "original_model", None)}
     return {
-        f"{root}{name}": parameter
-        for root, module in roots.items()
-        if isinstance(module, nn.Module)
-        for name, parameter in nn.Module.named_parameters(module, remove_duplicate=False)
+        f"{prefix}{name}": parameter
+        for prefix, root in roots_of(model).items()
+        for name, parameter in nn.Module.named_parameters(root, remove_duplicate=False)
     }

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from metaint.errors import InputError, StoreError, door
 from metaint.models.describe import facts_of
 from metaint.models.protocol import Model
+from metaint.models.reading import roots_of
 from metaint.probes.probe import Probe
 from metaint.scanning.alarm import MARK, Alarm, Warn
 from metaint.scanning.given import given_inputs, whole
@@ -159,7 +160,8 @@ class Recorder:
         def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             nonlocal step
             held = {id(p) for group in optimizer.param_groups for p in group["params"]} & _parameters(self._model)
-            counted.update(held if not counted else ())  # the first optimiser's; a later loop's holds some of them
+            if not counted:
+                counted.update(held)  # the first optimiser's; a later loop's holds some of them
             if held & counted:
                 step += 1
                 self._advance(step, loss)
@@ -195,7 +197,8 @@ class Recorder:
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.is_world_process_zero:
                     logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
-                    recorder._advance(state.global_step, {"loss": logged[-1]} if logged else {})
+                    scalars = {"loss": logged[-1]} if logged else {}
+                    recorder._advance(state.global_step, scalars)
 
         return RecorderCallback()
 
@@ -260,7 +263,7 @@ def _chooser(every: Any) -> Callable[[int], bool]:
 def _number(name: str, value: Any) -> float:
     try:
         if name.isidentifier():  # it becomes a folder's name
-            return float(value.detach() if isinstance(value, Tensor) else value)
+            return float(value.detach()) if isinstance(value, Tensor) else float(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
         pass
     raise InputError(
@@ -269,8 +272,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _parameters(model: Model) -> set[int]:
-    roots = (model, getattr(model, "original_model", None))
-    return {id(parameter) for root in roots if root is not None for parameter in root.parameters()}
+    return {id(parameter) for root in roots_of(model).values() for parameter in root.parameters()}
 
 
 @contextmanager

@@ -97,7 +97,8 @@ def saturate(
     with steady(model):
         for start in tqdm(starts, desc="saturate", disable=not progress, leave=False):
             rows = slice(start, start + batch_size)
-            sweep.add(given.tokens[rows], None if given.mask is None else given.mask[rows])
+            mask = None if given.mask is None else given.mask[rows]
+            sweep.add(given.tokens[rows], mask)
     return as_scan({"saturation": sweep.to_dataset()}, facts_of(model), {**given.facts, **(attributes or {})})
 
 

@@ -106,8 +106,9 @@ def scan(
     wanted = "logits" if any(probe.reads_logits for probe in probes) else None
     with steady(model), _attached(model, probes, private=True):
         # A probe of the weights alone needs no pass.
-        hooked = any(probe.hook_names(probe.shape) for probe in probes)
-        for start in tqdm(starts if hooked else (), desc="scan", disable=not progress, leave=False):
+        if not any(probe.hook_names(probe.shape) for probe in probes):
+            starts = range(0)
+        for start in tqdm(starts, desc="scan", disable=not progress, leave=False):
             rows = slice(start, start + size)
             padding = {} if given.mask is None else {"attention_mask": given.mask[rows].repeat(copies, 1)}
             model(given.tokens[rows].repeat(copies, 1), return_type=wanted, **padding)

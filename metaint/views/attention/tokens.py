@@ -71,7 +71,13 @@ def token_labels(model: Model, ids: Sequence[int]) -> list[str]:
 
 def visible(text: str) -> str:
     """Text in which nothing hides: spaces, line ends and tabs as signs, what can't be printed by its number."""
-    return "".join(_SIGNS.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
+    return "".join(map(_visible_sign, text))
+
+
+def _visible_sign(character: str) -> str:
+    if character in _SIGNS:
+        return _SIGNS[character]
+    return character if character.isprintable() else f"\\u{ord(character):04x}"
 
 
 def _written(tokenizer: Any, i: int) -> str:

@@ -81,7 +81,8 @@ def plot_inner(scans: Scans) -> go.Figure:
     for row, part in enumerate(parts, 3):
         _draw_beside_null(figure, row, named, "step_gradient_cosine", part)
         rule(figure, row, 0)
-        figure.update_yaxes(matches="y3" if row > 3 else None, row=row, col=1)
+        if row > 3:
+            figure.update_yaxes(matches="y3", row=row, col=1)
     _draw_beside_null(figure, 3 + len(parts), named, "improved")
     rule(figure, 3 + len(parts), 0.5)
     if len(lower) > 1:

@@ -173,15 +173,12 @@ def plot_weights(scan: Scan) -> go.Figure:
 def _draw_norms(figure: go.Figure, data: xr.Dataset, column: int) -> None:
     """A line for each part of a layer that the model has."""
     where: Any = {"row": 1, "col": column}
+    mode = "lines+markers" if data.sizes["layer"] <= MARKED else "lines"
     for part, (colour, symbol) in zip(data["part"].values, _LOOKS, strict=False):
         norms = data["parameter_norm"].sel(part=part)
         if norms.notnull().any():
-            line = go.Scatter(x=data["layer"].values, y=norms.values, name=str(part))
-            line.update(
-                mode="lines+markers" if len(norms) <= MARKED else "lines",
-                line_color=colour,
-                marker={"symbol": symbol, "size": 7},
-            )
+            line = go.Scatter(x=data["layer"].values, y=norms.values, name=str(part), mode=mode)
+            line.update(line_color=colour, marker={"symbol": symbol, "size": 7})
             line.update(hovertemplate=f"layer %{{x}}, {part}: %{{y:.4g}}<extra></extra>")
             figure.add_trace(line, **where)
     figure.update_yaxes(title_text="norm of the parameters", rangemode="tozero", **where)
