@@ -15,6 +15,7 @@ from . import (
 from .circuits.ablation import ablate as ablate
 from .circuits.checks import check_circuit as check_circuit
 from .circuits.circuit import trace_circuit as trace_circuit
+from .circuits.curve import ablation_curve as ablation_curve
 from .circuits.files import load_circuit as load_circuit, save_circuit as save_circuit
 from .circuits.scan_metrics import scan_metric as scan_metric
 from .errors import (

@@ -3,11 +3,12 @@
 In: the shape of a model, heads or sets of parts, a seed. Out: for each the heads or sets beside it.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from metaint.circuits.parts import Head, Part
+from metaint.circuits.parts import Head, Part, all_heads
 from metaint.errors import InputError
 from metaint.models.describe import Shape
 
@@ -20,16 +21,21 @@ def check_random(random: int) -> None:
         raise InputError(f"random is {random!r}: give how many random heads or sets stand beside each, or 0.")
 
 
+def random_orders(shape: Shape, random: int, seed: int) -> list[list[Head]]:
+    """All heads in so many random orders."""
+    rng, every = np.random.default_rng(seed), all_heads(shape)
+    return [[every[i] for i in rng.permutation(len(every))] for _ in range(random)]
+
+
 def heads_beside(shape: Shape, heads: Collection[Head], random: int, seed: int) -> dict[Head, list[Head]]:
     """For each head up to `random` other heads of its layer, drawn once a layer; all others where all heads are asked
     for, since they are known anyway."""
-    rng, beside = np.random.default_rng(seed), {}
-    for layer in sorted({layer for layer, _ in heads}):
-        asked = [head for head in heads if head[0] == layer]
-        order = [(layer, int(head)) for head in rng.permutation(shape.n_heads)]
-        most = shape.n_heads if random and len(asked) == shape.n_heads else random
-        for head in asked:
-            beside[head] = [other for other in order if other != head][:most]
+    (order,) = random_orders(shape, 1, seed)
+    asked = Counter(layer for layer, _ in heads)
+    beside = {}
+    for head in heads:
+        most = shape.n_heads if random and asked[head[0]] == shape.n_heads else random
+        beside[head] = [other for other in order if other[0] == head[0] and other != head][:most]
     return beside
 
 
@@ -38,21 +44,22 @@ def sets_beside(
 ) -> dict[str, list[PartSet | None]]:
     """For each set `random` draws of as many heads in each of its layers, its MLPs staying in; heads of the set itself
     come in only where too few others remain, and a draw that gives the set again is None."""
-    rng, beside = np.random.default_rng(seed), {}
+    orders, beside = random_orders(shape, random, seed), {}
     for name, parts in sets.items():
         own = frozenset(parts)
-        heads = [(layer, head) for layer, head in own if head is not None]
-        mlps = own - set(heads)
-        draws = [mlps | drawn_like(shape, heads, rng) for _ in range(random)]
+        heads = frozenset((layer, head) for layer, head in own if head is not None)
+        draws = [(own - heads) | drawn_from(order, heads) for order in orders]
         beside[name] = [None if draw == own else draw for draw in draws]
     return beside
 
 
-def drawn_like(shape: Shape, heads: Collection[Head], rng: np.random.Generator) -> frozenset[Head]:
-    """As many random heads in each layer; of `heads` themselves only where too few others remain."""
+def drawn_from(order: Sequence[Head], heads: Collection[Head], same_layers: bool = True) -> frozenset[Head]:
+    """As many heads in each layer, or in all, the first in this order; of `heads` themselves only where too few others
+    remain."""
+    order = sorted(order, key=lambda head: head in heads)  # stable: others first, each part in its own order
+    if not same_layers:
+        return frozenset(order[: len(heads)])
     drawn: list[Head] = []
-    for layer in sorted({layer for layer, _ in heads}):
-        order = [(layer, int(head)) for head in rng.permutation(shape.n_heads)]
-        order.sort(key=lambda head: head in heads)  # stable: others first, each group in its random order
-        drawn += order[: sum(head[0] == layer for head in heads)]
+    for layer, count in Counter(layer for layer, _ in heads).items():
+        drawn += [head for head in order if head[0] == layer][:count]
     return frozenset(drawn)

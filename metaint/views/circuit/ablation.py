@@ -24,7 +24,6 @@ from metaint.views.drawing.panels import (
     VERMILION,
     colour_bar,
     finish,
-    legend_of,
     short_name,
     there,
     whole_ticks,
@@ -237,11 +236,10 @@ def _draw_sets(figure: go.Figure, data: xr.Dataset, row: int) -> None:
 def _draw_random_sets(figure: go.Figure, data: xr.Dataset, row: int) -> None:
     """A small dot for each draw, a little below the set that it stands beside."""
     values = data["set_effect_same_layer"].transpose("set", "draw").values
-    last = sum(1 for _ in figure.select_yaxes())  # `finish` counts legends by axes
     places = np.broadcast_to(np.arange(len(values))[:, None] + _BELOW_SET, values.shape)
     dots = go.Scatter(
         x=values.ravel(), y=places.ravel(), mode="markers", name=wrapped("random heads of the same layers"),
-        marker={"color": GREY, "size": 5, "opacity": 0.6}, showlegend=True, legend=legend_of(last),
+        marker={"color": GREY, "size": 5, "opacity": 0.6}, showlegend=True,
         hovertemplate="as many random heads of the same layers: %{x:.3g}<extra></extra>",
     )  # fmt: skip
     figure.add_trace(dots, row=row, col=1)
