@@ -62,6 +62,7 @@ from .views.attention.patterns import show_attention as show_attention
 from .views.attention.tokens import show_tokens as show_tokens
 from .views.circuit.ablation import plot_ablation as plot_ablation
 from .views.circuit.check import plot_check as plot_check
+from .views.circuit.curve import plot_ablation_curve as plot_ablation_curve
 from .views.circuit.graph import show_circuit as show_circuit
 from .views.export.headvis import save_headvis as save_headvis
 from .views.export.tables import save_tables as save_tables, tables_of as tables_of

@@ -15,10 +15,12 @@ from metaint.models.describe import Shape
 PartSet = frozenset[Part]
 
 
-def check_random(random: int) -> None:
+def check_random(random: int, least: int = 0) -> None:
     """InputError unless this is a number of draws."""
-    if isinstance(random, bool) or not isinstance(random, int | np.integer) or random < 0:
-        raise InputError(f"random is {random!r}: give how many random heads or sets stand beside each, or 0.")
+    if isinstance(random, bool) or not isinstance(random, int | np.integer) or random < least:
+        raise InputError(
+            f"random is {random!r}: give how many random heads or sets stand beside each, {least} or more."
+        )
 
 
 def random_orders(shape: Shape, random: int, seed: int) -> list[list[Head]]:

@@ -86,7 +86,7 @@ def ablation_curve(
     >>> curve["count"].values.tolist(), dict(curve["random_effect"].sizes), curve.attrs["load_bearing"]
     ([1, 2], {'share': 2, 'draw': 5}, 'no')
     """
-    check_random(random)
+    check_random(random, 1)
     if against not in AGAINST:
         raise InputError(f"against is {against!r}: choose one of {', '.join(AGAINST)}.")
     subject = subject_of(model)
@@ -132,7 +132,7 @@ class _Sets(NamedTuple):
     @property
     def compared(self) -> list[bool]:
         """At which shares there are others to compare with."""
-        return [len(draws) > 0 and None not in draws for draws in self.draws]
+        return [None not in draws for draws in self.draws]
 
     @property
     def overlap(self) -> list[float]:
@@ -140,7 +140,7 @@ class _Sets(NamedTuple):
         shares = []
         for top, draws in zip(self.first(self.top), self.draws, strict=True):
             common = [len(top if draw is None else top & draw) / len(top) for draw in draws]
-            shares.append(float(np.mean(common)) if common else np.nan)
+            shares.append(float(np.mean(common)))
         return shares
 
 

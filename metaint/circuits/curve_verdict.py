@@ -22,9 +22,12 @@ def with_verdict(data: xr.Dataset, better: str) -> xr.Dataset:
     knows: then harm is what ablating all heads does."""
     answer, why = _judged(data, better)
     score, model, metric = (str(data.attrs[name]) for name in ("score", "model", "metric"))
-    said = {"yes": f"{score} is load-bearing", "no": f"{score} is not load-bearing"}
-    begin = said.get(answer, f"Whether {score} is load-bearing can't be told")
-    data.attrs |= {"load_bearing": answer, "verdict": f"{begin} in {model} for {metric}: {why}."}
+    begin = {
+        "yes": f"{score} is load-bearing in {model} for {metric}",
+        "no": f"{score} is not load-bearing in {model} for {metric}",
+        "unknown": f"whether {score} is load-bearing in {model} for {metric} cannot be told",
+    }
+    data.attrs |= {"load_bearing": answer, "verdict": f"{begin[answer]}: {why}."}
     return data
 
 
@@ -35,11 +38,10 @@ def _judged(data: xr.Dataset, better: str) -> tuple[str, str]:
         why = f"ablating all heads changes it by {_told(data, 'all_heads')}, which is no harm beyond chance"
         return "no", f"{why}; {_REFUTED} it is"
     if bool(data["area"].isnull()):
-        return "unknown", "no other heads are left to compare with, so take fewer, or against='random'"
+        return "unknown", "no other heads are left to compare with"
     if data.attrs["distinct"] < ENOUGH:
-        few = f"there are only {data.attrs['distinct']} different draws to compare with"
-        return "unknown", f"{few}, so take more or other heads, or against='random'"
-    does = f"ablating its {_counts(data)} highest heads changes it by {_told(data, 'area')} beyond {_others(data)}"
+        return "unknown", f"there are fewer than {ENOUGH} different draws of other heads to compare with"
+    does = f"ablating its {_heads(data)} changes it by {_told(data, 'area')} beyond {_others(data)}"
     against = _against(data, sign)
     if against:
         return "no", f"{does}, {against}; {_REFUTED} they do more harm than random ones"
@@ -78,9 +80,12 @@ def _told(data: xr.Dataset, name: str) -> str:
     return f"{middle}{unit} ({low} to {high})"
 
 
-def _counts(data: xr.Dataset) -> str:
+def _heads(data: xr.Dataset) -> str:
+    """How many of the ranking are ablated."""
     first, last = int(data["count"].min()), int(data["count"].max())
-    return f"{first}" if first == last else f"{first} to {last}"
+    if last == 1:
+        return "highest head"
+    return f"{last} highest heads" if first == last else f"{first} to {last} highest heads"
 
 
 def _others(data: xr.Dataset) -> str:

@@ -452,8 +452,8 @@ def test_bert_is_refused_in_a_sentence():
             "kind, or None for every head.",
         ),
         ({"sets": {"none": []}}, 'sets has [] for \'none\': give each as a list of names such as ["0.1", "mlp 5"].'),
-        ({"random": -1}, "random is -1: give how many random heads or sets stand beside each, or 0."),
-        ({"random": True}, "random is True: give how many random heads or sets stand beside each, or 0."),
+        ({"random": -1}, "random is -1: give how many random heads or sets stand beside each, 0 or more."),
+        ({"random": True}, "random is True: give how many random heads or sets stand beside each, 0 or more."),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1."),
         (
             {"tokens": TOKENS[:1], "how": "resample"},
