@@ -73,21 +73,23 @@ def ranked(scores: Scores) -> list[Head]:
 
 
 def output_norms(experiment: Experiment) -> Scores:
-    """The mean length of what each head writes, z W_O, over all positions of the experiment's tokens."""
+    """The mean length of what each head writes, z W_O, at all positions of the experiment's tokens but the first, as
+    `/outputs` has it."""
     subject, sums = experiment.subject, dict[Head, float]()
     with steady(subject.model):
         for tokens in experiment.tokens.split(experiment.batch_size):
             clean = clean_pass(subject, tokens, torch.zeros_like(tokens, dtype=torch.bool))
             for head, total in _lengths(clean).items():
                 sums[head] = sums.get(head, 0.0) + total
-    return {head: total / experiment.tokens.numel() for head, total in sums.items()}
+    count = experiment.tokens[:, 1:].numel()
+    return {head: total / count for head, total in sums.items()}
 
 
 def _lengths(clean: Clean) -> Scores:
     """The sum of lengths over a batch, by head."""
     totals: dict[Head, float] = {}
     for layer in clean.subject.shape.attending:
-        z, weight = widen(clean.z[layer]), widen(clean.subject.output_weights(layer))
+        z, weight = widen(clean.z[layer][:, 1:]), widen(clean.subject.output_weights(layer))
         # ||z W||^2 = z W W^T z^T, which is as wide as a head and not as the stream.
         gram = einsum(weight, weight, "head d d_model, head e d_model -> head d e")
         mixed = einsum(z, gram, "batch position head d, head d e -> batch position head e")

@@ -113,7 +113,7 @@ def test_heads_that_write_most_by_the_scan_or_by_these_tokens(gpt2):
     assert measured.attrs["norm_from"] == "these tokens"
     z, weights = z_of(gpt2, TOKENS), gpt2.W_O.detach()
     lengths = {
-        f"{i}.{j}": float((z[i][:, :, j] @ weights[i, j]).norm(dim=-1).mean()) for i in range(2) for j in range(4)
+        f"{i}.{j}": float((z[i][:, 1:, j] @ weights[i, j]).norm(dim=-1).mean()) for i in range(2) for j in range(4)
     }
     assert measured["norm_top"].values.tolist() == sorted(lengths, key=lambda name: -lengths[name])
     read = ablation_curve(gpt2, scan, shares=[1.0], **options)
