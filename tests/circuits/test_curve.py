@@ -226,6 +226,17 @@ def trained():
     return metaint.open_model("toy")
 
 
+def test_induction_heads_of_a_real_model_are_load_bearing(smollm2):
+    """Five heads of 270 cost nats; as many of the same layers do not."""
+    tokens = metaint.default_tokens(smollm2, length=25, batch=2)
+    scan = metaint.scan(smollm2, tokens)
+    curve = ablation_curve(smollm2, scan, shares=[0.02], tokens=tokens, random=5)
+    assert curve["count"].item() == 5
+    assert curve["effect_low"].item() > 2
+    assert float(curve["random_effect"].max()) < 1.5
+    assert curve.attrs["load_bearing"] == "yes"
+
+
 # ---- beside others -----------------------------------------------------------------------------------------------
 
 
