@@ -134,7 +134,7 @@ def _facts(curve: xr.Dataset) -> str:
 def _caption(curve: xr.Dataset) -> str:
     verdict = str(curve.attrs.get("verdict", ""))
     return (
-        f"{escape(f'{verdict[:1].upper()}{verdict[1:]}', quote=False)} How to read: a score is load-bearing where its "
+        f"Verdict: {escape(verdict, quote=False)} How to read: a score is load-bearing where its "
         "curve leaves the grey ones: further right more heads are ablated together, those with the highest score "
         "first; bands are 95 % bootstrap intervals over sequences, a thin grey line is one random draw. It misleads "
         "where read as what the heads do: what is lost may pass through them for another reason than the score; where "

@@ -42,7 +42,7 @@ def test_each_curve_is_drawn_with_its_band(curve):
     assert list(figure.layout.xaxis.ticktext)[::3] == ["5 %<br>1 head", "100 %<br>12 heads"]
     assert figure.layout.title.text == "first_token is not load-bearing here"
     caption = next(note.text for note in figure.layout.annotations if note.name == "caption").replace("<br>", " ")
-    assert caption.startswith(f"F{curve.attrs['verdict'][1:]} How to read: ")
+    assert caption.startswith(f"Verdict: {curve.attrs['verdict']} How to read: ")
     assert "misleads" in caption
     assert "in context loss 3." in figure.layout.title.subtitle.text or "loss 4." in figure.layout.title.subtitle.text
     assert figure == metaint.plot_ablation_curve(curve)
