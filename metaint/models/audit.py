@@ -227,7 +227,11 @@ def _try_edits(model: Model, name: str) -> Finding:
         note = f"an edit of one head at {short} should change what that head writes, and nothing else"
         return Finding(name, "fails", difference, f"blocks.{layer}.{hook}", _sentence(note))
     layers = attending_layers(model) if hook.startswith("attn.") else range(int(model.cfg.n_layers))
-    effect, weakest = min((effects.logits[layer], layer) for layer in layers)
+    writing = [layer for layer in layers if layer not in effects.silent]
+    if not writing:
+        note = f"no layer's attention writes anything, so that an edit at {short} rightly changes nothing"
+        return Finding(name, "holds", max(effects.logits), "", _sentence(note))
+    effect, weakest = min((effects.logits[layer], layer) for layer in writing)
     where = f"blocks.{weakest}.{hook}"
     if effect > effects.noise:
         return Finding(name, "holds", effect, where, _sentence(f"an edit at {short} changes the logits"))

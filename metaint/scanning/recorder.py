@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from metaint.errors import InputError, StoreError, door
 from metaint.models.describe import facts_of
+from metaint.models.owner_hooks import OWNER_HOOKS, hooked_by_owner
 from metaint.models.protocol import Model
 from metaint.models.reading import roots_of
 from metaint.probes.probe import Probe
@@ -114,8 +115,10 @@ class Recorder:
     def __call__(self, step: int, **scalars: float | Tensor) -> xr.DataTree | None:
         """Record if `every` asks for this step; `scalars` (loss=...) go to `/training`. Returns the scan, or None.
 
-        A scalar may come and go: where it was not given it is NaN. Raises InputError for a step that isn't above the
-        last recorded one, what `scan` raises, and StoreError, with the records before intact, if it can't be written.
+        A scalar may come and go: where it was not given it is NaN. Where hooks of yours are on the model, `owner_hooks`
+        there is the number of their hook points (attributes are those of the first record). Raises InputError for a
+        step that isn't above the last recorded one, what `scan` raises, and StoreError, with the records before intact,
+        if it can't be written.
         """
         step = whole(step, "step")
         if self._steps and step <= self._steps[-1]:
@@ -126,6 +129,9 @@ class Recorder:
         self._step = step
         if not self._wanted(step):
             return None
+        hooked = len(hooked_by_owner(self._model.hook_dict))
+        if hooked:
+            scalars = {OWNER_HOOKS: hooked, **scalars}
         training = xr.Dataset({name: _number(name, value) for name, value in scalars.items()})
         for probe in self._probes:
             probe.reset()

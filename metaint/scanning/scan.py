@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import xarray as xr
@@ -28,8 +29,9 @@ def attach(model: Model, *probes: Probe) -> Iterator[Any]:
 
     Token ids, the padding of an `attention_mask` and the length of a key-value cache are learnt from the passes
     themselves. Yields the probe (a tuple if there are several). A hook sees what those before it left: a pattern that
-    you edit is read as edited where your hooks were on the model before this block, else as it was. On the way out,
-    also by an exception, every hook is gone and what was read stays in the probes.
+    you edit is read as edited where your hooks were on the model before this block, else as it was; either way the
+    scan's attribute `owner_hooks` names the hook points that had hooks of yours in any pass. On the way out, also by an
+    exception, every hook is gone and what was read stays in the probes.
 
     >>> import metaint
     >>> from metaint.toys.small import small_transformer
@@ -63,6 +65,9 @@ def _attached(model: Model, probes: Sequence[Probe], private: bool) -> Iterator[
         for module, hook in (pair for probe in probes for pair in probe.module_hooks(model)):
             stack.callback(module.register_forward_hook(hook).remove)
         hooks = [hook for probe in probes for hook in probe.hooks(model, watch)]
+        if not private:  # their owner's hooks come and go from pass to pass
+            points = model.hook_dict
+            watch.openers += [partial(probe.note_hooks, points) for probe in probes]
         with model.hooks(fwd_hooks=hooks):
             yield
 
@@ -88,7 +93,8 @@ def scan(
     - `batch_size`: sequences in a pass. With a `SaturationProbe` each takes the place of several.
     - `attributes`: recorded at the root of the scan, beside model, seed, BOS and shape.
 
-    Returns a `DataTree` with one group for each probe. Raises InputError for tokens that the model can't take,
+    Returns a `DataTree` with one group for each probe. Hooks of yours that are on the model stay on and work: the
+    attribute `owner_hooks` names their hook points. Raises InputError for tokens that the model can't take,
     HookAuditError for a model whose hooks are not what a probe needs.
 
     >>> import metaint
