@@ -69,7 +69,8 @@ def calls(tmp_path_factory):
     }
 
 
-def test_no_argument_of_the_wrong_type_or_size_ends_in_a_raw_exception(calls):
+def test_no_argument_of_the_wrong_type_or_size_ends_in_a_raw_exception(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where junk is a good path
     tried, raw = 0, []
     for function, arguments in calls.items():
         for name in arguments:
