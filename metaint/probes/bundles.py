@@ -2,8 +2,8 @@
 
 In: sums and counts of every score for each sequence, and the token ids. Out: `bundle_value` and `bundle_print` of a
 group. Sequences are many and a scan is small: they are kept in at most `MOST_BUNDLES` bundles of neighbours, in single
-precision, which is about as much as the scan holds of each score anyway. `metaint.compare` and the halves of
-`metaint.label_heads` rest on them.
+precision, which takes at most one and a half times what the scan holds of each score anyway. `metaint.compare` and the
+halves of `metaint.label_heads` rest on them.
 """
 
 from collections.abc import Iterable, Sequence

@@ -41,7 +41,8 @@ def compare(scan_a: Scan, scan_b: Scan) -> xr.Dataset:
 
     - `a`, `b`, `difference` (b - a), and `low`, `high`, its 95 % interval. Where both scans read the same tokens
       (`paired` in the attributes, or in `unpaired` why not) it is Student's over the differences of bundles of
-      sequences; else it is made of both scans' own intervals (Zou and Donner 2008), and wider.
+      sequences; else it is made of both scans' own intervals, a little wider where sequences are few (Zou and Donner
+      2008), and much wider than pairs give.
     - `q_value`: of the differences with q up to 0.05, at most 5 % are expected to be chance (Benjamini and Hochberg
       1995, over the heads of each score). A difference can be sure and tiny: read it beside its size.
 
@@ -152,8 +153,8 @@ def _difference(score: str, a: xr.Dataset, b: xr.Dataset, is_paired: bool) -> _D
     if is_paired and all(score in group["score"].values for group in (a, b)):
         low, high, p = _paired_bounds(in_b - in_a, *(_of_bundles(group, score) for group in (a, b)))
     else:
-        ends = [values(group, score + end) for group in (a, b) for end in ("_low", "_high")]
-        low, high, p = _unpaired_bounds(in_a, in_b, *ends)
+        few = min(int(group.attrs.get("sequences", 0)) for group in (a, b)) - 1
+        low, high, p = _unpaired_bounds(in_b - in_a, _reach(a, score), _reach(b, score), few)
     return _Difference(in_a, in_b, low, high, p)
 
 
@@ -172,14 +173,24 @@ def _paired_bounds(
     return difference - half, difference + half, _p_value(difference, half / t.ppf(0.975, few), few)
 
 
+def _reach(group: xr.Dataset, score: str) -> tuple[np.ndarray, np.ndarray]:
+    """How far below and above a score its interval reaches; wider than it says of few sequences, as Student's is."""
+    from scipy.stats import t
+
+    middle, sequences = values(group, score), max(2, int(group.attrs.get("sequences", 0)))
+    wider = t.ppf(0.975, sequences - 1) / _TO_END * np.sqrt(sequences / (sequences - 1))
+    return wider * (middle - values(group, f"{score}_low")), wider * (values(group, f"{score}_high") - middle)
+
+
 def _unpaired_bounds(
-    a: np.ndarray, b: np.ndarray, low_a: np.ndarray, high_a: np.ndarray, low_b: np.ndarray, high_b: np.ndarray
+    difference: np.ndarray, reach_a: tuple[np.ndarray, np.ndarray], reach_b: tuple[np.ndarray, np.ndarray], few: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The interval of b - a from the intervals of both, which keep their skewness (Zou and Donner 2008)."""
-    difference = b - a
-    below, above = np.hypot(b - low_b, high_a - a), np.hypot(high_b - b, a - low_a)
-    towards_zero = np.where(difference > 0, below, above)
-    return difference - below, difference + above, _p_value(difference, towards_zero / _TO_END, np.inf)
+    """The interval of b - a from how far both reach, which keeps their skewness (Zou and Donner 2008)."""
+    from scipy.stats import t
+
+    below, above = np.hypot(reach_b[0], reach_a[1]), np.hypot(reach_b[1], reach_a[0])
+    error = np.where(difference > 0, below, above) / t.ppf(0.975, max(1, few))
+    return difference - below, difference + above, _p_value(difference, error, max(1, few))
 
 
 def _p_value(difference: np.ndarray, error: np.ndarray, few: float) -> np.ndarray:

@@ -85,7 +85,7 @@ def label_heads(
     With `reliability` two more, and `.attrs["reliability"]` says in a sentence what can be said of all labels:
 
     - agreement: the share of halves of the sequences (50, of 25 random splits) that earn the label alone, in [0, 1].
-      `.attrs["agreement"]` has of each label what two halves share (Jaccard).
+      `.attrs["agreement"]` has of each label what two halves share (Jaccard). NaN with fewer than four sequences.
     - q_value: of the labels with q up to 0.05, at most 5 % are expected to be chance: scores that lie no more than
       `margin` above uniform attention and the null (Benjamini and Hochberg 1995, over all pairs of head and label). It
       speaks of the tokens that were drawn, not of other kinds of text.

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 import metaint
 from metaint.errors import InputError
-from metaint.scans.compare import _paired_bounds, _q_values, _unpaired_bounds
+from metaint.scans.compare import _paired_bounds, _q_values, _reach, _unpaired_bounds
 from metaint.tasks import repeated_tokens
 from metaint.toys.small import small_transformer
 from tests.planted import LENGTH, VOCAB
@@ -108,14 +108,22 @@ def test_intervals_hold_the_truth():
     assert 0.04 <= (p <= 0.05).mean() <= 0.06
 
     c = 0.45 + generator.normal(0, 0.1, common.shape)
-    half = [1.96 * side.std(0, ddof=1) / np.sqrt(sequences) for side in (a, c)]
-    ends = [end for side, wide in zip((a, c), half, strict=True) for end in (side.mean(0) - wide, side.mean(0) + wide)]
-    low, high, _ = _unpaired_bounds(a.mean(0), c.mean(0), *ends)
-    assert 0.92 <= ((low <= 0.05) & (high >= 0.05)).mean() <= 0.97
+    truth = {}
+    for name, side in (("a", a), ("c", c)):
+        half = 1.96 * side.std(0) / np.sqrt(sequences)  # what resampling ten sequences gives
+        bounds = {"x": side.mean(0), "x_low": side.mean(0) - half, "x_high": side.mean(0) + half}
+        dims = ("layer", "head")
+        truth[name] = xr.Dataset({key: (dims, value) for key, value in bounds.items()}, attrs={"sequences": sequences})
+    reaches = [_reach(truth[name], "x") for name in ("a", "c")]
+    low, high, p = _unpaired_bounds(c.mean(0) - a.mean(0), *reaches, sequences - 1)
+    assert 0.945 <= ((low <= 0.05) & (high >= 0.05)).mean() <= 0.98
+    _, _, p = _unpaired_bounds(c.mean(0) - a.mean(0) - 0.05, *reaches, sequences - 1)
+    assert 0.02 <= (p <= 0.05).mean() <= 0.055
 
 
 def test_an_unpaired_interval_keeps_the_longer_side():
-    low, high, _ = _unpaired_bounds(*(np.array(x) for x in (0.2, 0.8, 0.1, 0.22, 0.4, 0.81)))
+    reach_a, reach_b = [(np.array(0.1), np.array(0.02)), (np.array(0.4), np.array(0.01))]
+    low, high, _ = _unpaired_bounds(np.array(0.6), reach_a, reach_b, 9)
     assert low == pytest.approx(0.6 - np.hypot(0.4, 0.02))
     assert high == pytest.approx(0.6 + np.hypot(0.01, 0.1))
 

@@ -69,7 +69,7 @@ def plot_comparison(comparison: xr.Dataset) -> go.Figure:
     beside = _beside(comparison, scores)
     for k, score in enumerate(scores):
         where: Any = {"row": k // beside + 1, "col": k % beside + 1}
-        figure.add_trace(_map(comparison, score), **where)
+        figure.add_trace(_map(comparison, score, changes), **where)
         _mark(figure, comparison, score, changes, where)
     _forest(figure, largest, -(-len(scores) // beside) + 1)
     figure.update_layout(height=inside)
@@ -120,10 +120,13 @@ def _limit(comparison: xr.Dataset, score: str) -> float:
     return float(abs(comparison["difference"].sel(score=score)).max()) or 1.0
 
 
-def _map(comparison: xr.Dataset, score: str) -> go.Heatmap:
+def _map(comparison: xr.Dataset, score: str, changes: pd.DataFrame) -> go.Heatmap:
     limit = _limit(comparison, score)
     data = comparison.sel(score=score).transpose(..., "layer", "head")
-    told = [[_told(data, i, j) for j in range(data.sizes["head"])] for i in range(data.sizes["layer"])]
+    changed: dict[str, str] = {}
+    for head, label, change in zip(changes["head"], changes["label"], changes["change"], strict=True):
+        changed[head] = changed.get(head, "") + f"<br><b>{change} {label.replace('_', ' ')}</b>"
+    told = [[_told(data, i, j, changed) for j in range(data.sizes["head"])] for i in range(data.sizes["layer"])]
     return go.Heatmap(
         z=data["difference"].values, x=data["head"].values, y=data["layer"].values, zmin=-limit, zmax=limit,
         colorscale=BOTH_WAYS, showscale=False, name=score, customdata=told,
@@ -131,12 +134,13 @@ def _map(comparison: xr.Dataset, score: str) -> go.Heatmap:
     )  # fmt: skip
 
 
-def _told(data: xr.Dataset, i: int, j: int) -> str:
-    """What the pointer shows of a head."""
+def _told(data: xr.Dataset, i: int, j: int, changed: dict[str, str]) -> str:
+    """What the pointer shows of a head, with its labels that came or went."""
     at = {name: float(data[name].values[i, j]) for name in ("a", "b", "difference", "low", "high", "q_value")}
     between = "" if np.isnan(at["low"]) else f" ({number(at['low'])} to {number(at['high'])})"
-    text = f"head {data['layer'].values[i]}.{data['head'].values[j]}: {number(at['a'])} → {number(at['b'])}"
-    return f"{text}<br>difference {number(at['difference'])}{between}<br>q {number(at['q_value'])}"
+    head = f"{data['layer'].values[i]}.{data['head'].values[j]}"
+    text = f"head {head}: {number(at['a'])} → {number(at['b'])}<br>difference {number(at['difference'])}{between}"
+    return f"{text}<br>q {number(at['q_value'])}{changed.get(head, '')}"
 
 
 def _mark(figure: go.Figure, comparison: xr.Dataset, score: str, changes: pd.DataFrame, where: Any) -> None:

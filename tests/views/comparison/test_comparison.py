@@ -78,6 +78,8 @@ def test_maps_show_the_differences_and_triangles_the_labels(comparison):
     np.testing.assert_array_equal(drawn.z, comparison["difference"].sel(score="previous_token").values)
     assert drawn.zmax == -drawn.zmin == pytest.approx(np.abs(drawn.z).max())
     assert "1.3: " in drawn.customdata[1][3]
+    assert "gained previous token" in drawn.customdata[1][3]
+    assert "gained" not in drawn.customdata[1][2]
     (gained,) = [trace for trace in figure.data if trace.name == "gained"]
     assert (list(gained.x), list(gained.y)) == ([3], [1])
     assert gained.xaxis == drawn.xaxis
