@@ -94,12 +94,12 @@ def compare(name: str, options: argparse.Namespace) -> None:
     tokens = metaint.tasks.repeated_tokens(vocab, block, batch=sequences)
     batch = max(1, TOKENS // tokens.shape[1])
     runs: dict[str, Callable[[], Any]] = {
-        "ablate": lambda: metaint.ablate(model, tokens, chosen)["effect"].values,
+        "ablate": lambda: metaint.ablate(model, tokens, chosen, "zero", random=0)["effect"].values,
         "loop": lambda: loop(model, tokens, names, sequences),
     }
     if sequences > batch:
         runs["loop in batches"] = lambda: loop(model, tokens, names, batch)
-    metaint.ablate(model, tokens[:2], chosen and chosen[:1])  # the audit's passes, made once a model
+    metaint.ablate(model, tokens[:2], chosen and chosen[:1], "zero", random=0)  # the audit's passes, made once a model
     times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in runs}
     results: dict[str, Any] = {}
     for _ in range(options.rounds):

@@ -15,6 +15,7 @@ from . import (
 from .circuits.ablation import ablate as ablate
 from .circuits.checks import check_circuit as check_circuit
 from .circuits.circuit import trace_circuit as trace_circuit
+from .circuits.curve import ablation_curve as ablation_curve
 from .circuits.files import load_circuit as load_circuit, save_circuit as save_circuit
 from .circuits.scan_metrics import scan_metric as scan_metric
 from .errors import (
@@ -63,12 +64,14 @@ from .views.attention.patterns import show_attention as show_attention
 from .views.attention.tokens import show_tokens as show_tokens
 from .views.circuit.ablation import plot_ablation as plot_ablation
 from .views.circuit.check import plot_check as plot_check
+from .views.circuit.curve import plot_ablation_curve as plot_ablation_curve
 from .views.circuit.graph import show_circuit as show_circuit
 from .views.comparison.figure import plot_comparison as plot_comparison
 from .views.export.headvis import save_headvis as save_headvis
 from .views.export.tables import save_tables as save_tables, tables_of as tables_of
 from .views.groups.heads import plot_heads as plot_heads
 from .views.groups.inner import plot_inner as plot_inner
+from .views.groups.lags import plot_lags as plot_lags
 from .views.groups.memory import plot_memory as plot_memory
 from .views.groups.outputs import plot_outputs as plot_outputs
 from .views.groups.recurrence import plot_recurrence as plot_recurrence

@@ -20,7 +20,7 @@ from metaint.circuits.metrics import MetricFunction
 from metaint.circuits.parts import Head, all_heads, part_name
 from metaint.circuits.scan_metrics import ScanMetric
 from metaint.circuits.subject import subject_of
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.describe import Shape
 from metaint.models.protocol import Model
 
@@ -37,6 +37,7 @@ ENOUGH = 5
 _ENDS = ("", "_low", "_high")
 
 
+@door
 def check_circuit(
     model: Model,
     heads: Sequence[str],

@@ -21,7 +21,7 @@ from metaint.circuits.metrics import MetricFunction
 from metaint.circuits.parts import Part
 from metaint.circuits.paths import EMBEDDING, LOGITS
 from metaint.circuits.subject import Subject, subject_of
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.protocol import Model
 from metaint.scanning.scan import scan as scan_model
 from metaint.scans.labels import heads_of, label_heads
@@ -36,6 +36,7 @@ THRESHOLD = 0.02
 _HOW = ("zero", "mean", "resample")
 
 
+@door
 def trace_circuit(
     model: Model,
     tokens: Int[Tensor, "batch position"] | str | None = None,

@@ -189,7 +189,7 @@ def run(experiment: Experiment, sets: Sequence[Iterable[Part]]) -> Float[Tensor,
     values = torch.full((1 + len(sets), len(experiment.tokens)), math.nan, dtype=torch.float64)
     mlps = any(head is None for parts in sets for _, head in parts)
     total, quiet = len(sets) * len(experiment.tokens), not experiment.progress
-    with steady(experiment.subject.model), tqdm(total=total, desc="ablate", disable=quiet, leave=False) as bar:
+    with steady(experiment.subject.model), tqdm(total=total, desc="ablate", disable=quiet, leave=False, delay=2) as bar:
         for rows, clean, stand in batches(experiment, mlps=mlps):
             values[0, rows] = measured(experiment, clean, clean.outcome)
             for i, value in variants_measured(experiment, clean, [stand.without(parts) for parts in sets]):

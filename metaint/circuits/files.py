@@ -12,13 +12,14 @@ from typing import Any
 
 import networkx
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError, StoreError, door
 from metaint.scans.outgoing import xml_writable
 from metaint.scans.whole import write_text
 
 _BY = ("q", "k", "v")
 
 
+@door
 def save_circuit(graph: networkx.DiGraph, path: str | Path) -> Path:
     """Write a circuit: to GraphML by a name that ends in .graphml, to MIB's format by one that ends in .json.
 
@@ -61,6 +62,7 @@ def _xml_safe(graph: networkx.DiGraph) -> networkx.DiGraph:
     return copy
 
 
+@door
 def load_circuit(path: str | Path) -> networkx.DiGraph:
     """Read a circuit that `save_circuit` wrote to GraphML; StoreError for anything else.
 

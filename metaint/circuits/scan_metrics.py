@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaint.circuits.subject import Subject
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.measures.attention import HEAD_MEASURES, Measure
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.invariants import pattern_hook
@@ -49,6 +49,7 @@ class ScanMetric:
         return f"{measure} of layers {', '.join(map(str, self.layers))}"
 
 
+@door
 def scan_metric(
     variable: str | Measure,
     *,

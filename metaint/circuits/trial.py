@@ -48,7 +48,7 @@ def _try(subject: Subject, progress: bool) -> str:
     places[0, -1], places[1, 1:] = True, True
     mlps = holds(model, "edit_mlp")
     variants = _variants(subject, mlps, torch.zeros((), device=tokens.device, dtype=next(model.parameters()).dtype))
-    with steady(model), tqdm(total=len(variants), desc="try passes", disable=not progress, leave=False) as bar:
+    with steady(model), tqdm(total=len(variants), desc="try passes", disable=not progress, leave=False, delay=2) as bar:
         clean = clean_pass(subject, tokens, places, mlps=mlps)
         try:
             plain: list[Tensor] = []

@@ -180,15 +180,16 @@ def print_births(console: Console, births: xr.DataTree, since: Mapping[tuple[str
     if not followed:
         console.print("No head holds the previous-token or the induction label at the end.\n")
         return
-    table = plain_table("Over training")
-    for name in ("step", "in-context accuracy", *(f"{head} {label}" for head, label in followed)):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("step", "in-context accuracy", *(f"{head} {label}" for head, label in followed))
+    table = plain_table("Over training", numbers=columns, no_wrap=True)
     for step in heads["step"].values:
         cells = []
         for head, label in followed:
             layer, index = (int(part) for part in head.split("."))
-            value = float(heads[wanted[label]].sel(step=step, layer=layer, head=index))
-            cells.append(f"[bold]{number(value)}[/]" if step >= since[head, label] else number(value))
+            cell = number(float(heads[wanted[label]].sel(step=step, layer=layer, head=index)))
+            if step >= since[head, label]:
+                cell = f"[bold]{cell}[/]"
+            cells.append(cell)
         table.add_row(str(int(step)), number(float(training["accuracy"].sel(step=step))), *cells)
     console.print(table)
     for head, label in sorted(followed, key=lambda pair: since[pair]):

@@ -122,7 +122,7 @@ _CLAIMS = (
 
 
 def _blocks(count: int) -> slice:
-    return slice(1 if count >= 3 else 0, None)
+    return slice(int(count >= 3), None)
 
 
 def _effect(probe: InnerProbe, name: str, null: float | str | None) -> tuple[Float[Tensor, " sequence"], Tensor]:
@@ -176,7 +176,9 @@ def _fidelity_row(probes: Mapping[str, InnerProbe]) -> dict:
         return _row(claim, estimates, {}, "undecided: the loss does not fall for certain")
     inside = own.low >= FIDELITY[0] and own.high <= FIDELITY[1]
     outside = own.high < FIDELITY[0] or own.low > FIDELITY[1]
-    verdict = "holds" if inside else "does not hold" if outside else "undecided"
+    verdict = "holds" if inside else "undecided"
+    if outside:
+        verdict = "does not hold"
     return _row(claim, estimates, {}, verdict)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.measures.detector import detector_scores
+from metaint.measures.matches import OPTIONAL_MEASURES
 from metaint.measures.measure import Measure, Pairs, kind, statistic
 from metaint.measures.tile import Context, Tile
 
@@ -296,8 +297,11 @@ HEAD_MEASURES: tuple[Measure, ...] = (
 
 
 def resolve(measures: Iterable[Any] | None) -> tuple[Measure, ...]:
-    """Measures by name or as they are (None: all of this file); InputError for anything else or a name twice."""
-    known = {measure.name: measure for measure in HEAD_MEASURES}
+    """Measures by name or as they are (None: all of this file); InputError for anything else or a name twice.
+
+    `retrieval` and others of `matches.py` are read by name alone.
+    """
+    known = {measure.name: measure for measure in (*HEAD_MEASURES, *OPTIONAL_MEASURES)}
     chosen = []
     for item in HEAD_MEASURES if measures is None else measures:
         if isinstance(item, Measure):

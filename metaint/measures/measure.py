@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jaxtyping import Int
 from torch import Tensor
 
+from metaint.errors import door
 from metaint.measures.tile import Context, Tile
 
 # Indices (batch, query, key) of a mask, in rising order.
@@ -37,6 +38,7 @@ class Measure:
         return Measure, (self.name, self.form, self.function, self.per_tau, self.per_sequence)
 
 
+@door
 def kind(function: Callable[[Context], Tensor | Pairs]) -> Measure:
     """Make a kind of head from a function of the context that returns a mask `[batch, query, key]`.
 
@@ -55,6 +57,7 @@ def kind(function: Callable[[Context], Tensor | Pairs]) -> Measure:
     return _measure("kind", function)
 
 
+@door
 def statistic(function: Callable[[Tile], Tensor]) -> Measure:
     """Make a statistic from a function of a tile that returns values `[batch, head, query]`.
 

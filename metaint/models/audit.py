@@ -1,7 +1,8 @@
 """The hook audit: do a model's hooks and weights carry what their names say?
 
 `audit(model)` answers with a table, `require(model, checks)` with an exception. Both run a few short forward
-passes and leave no trace on the model. What should hold is written in `invariants.py`; here it is judged.
+passes and leave no trace on the model. What should hold is written in `invariants.py` and `projections.py`, for one
+layer after another; here it is judged.
 """
 
 import math
@@ -15,8 +16,8 @@ import pandas
 import torch
 from torch import Tensor
 
-from metaint.errors import HookAuditError, InputError, MetaintError, ModelError
-from metaint.models import invariants, layout
+from metaint.errors import HookAuditError, InputError, MetaintError, ModelError, door
+from metaint.models import invariants, layout, projections
 from metaint.models.describe import attending_layers, check_open
 from metaint.models.direction import learn_direction, sharing_half
 from metaint.models.edits import effects_of
@@ -57,15 +58,15 @@ _ATTENTION = {
     "value_mix": _Check("hook_z is the pattern times hook_v", invariants.value_mix),
 }
 _WEIGHTS = {
-    "output_sum": _Check("the sum of z W_O over heads, plus b_O, is the attention's output", invariants.output_sum),
-    "weights_query": _Check("W_Q and b_Q give hook_q from the attention's input", invariants.weights_query),
-    "weights_key": _Check("W_K and b_K give hook_k from the attention's input", invariants.weights_key),
-    "weights_value": _Check("W_V and b_V give hook_v from the attention's input", invariants.weights_value),
+    "output_sum": _Check("the sum of z W_O over heads, plus b_O, is the attention's output", projections.output_sum),
+    "weights_query": _Check("W_Q and b_Q give hook_q from the attention's input", projections.weights_query),
+    "weights_key": _Check("W_K and b_K give hook_k from the attention's input", projections.weights_key),
+    "weights_value": _Check("W_V and b_V give hook_v from the attention's input", projections.weights_value),
     "attention_input": _Check("folded W_Q, W_K and W_V give q, k and v from the normalised stream", attention_input),
-    "residual": _Check("what a block writes adds up to its hook_resid_post", invariants.residual),
-    "stream": _Check("each hook_resid_pre is the hook_resid_post before it", invariants.stream, "fails"),
-    "final_norm": _Check("ln_final.hook_scale is the norm of the last hook_resid_post", invariants.final_norm),
-    "unembedding": _Check("ln_final and W_U make the logits of the last hook_resid_post", invariants.unembedding),
+    "residual": _Check("what a block writes adds up to its hook_resid_post", projections.residual),
+    "stream": _Check("each hook_resid_pre is the hook_resid_post before it", projections.stream, "fails"),
+    "final_norm": _Check("ln_final.hook_scale is the norm of the last hook_resid_post", projections.final_norm),
+    "unembedding": _Check("ln_final and W_U make the logits of the last hook_resid_post", projections.unembedding),
 }
 _EDITS = {
     "edit_pattern": "attn.hook_pattern",
@@ -91,6 +92,7 @@ _WEIGHT_HOOKS += ["ln2.hook_normalized", "hook_mlp_out", "hook_resid_post"]
 _cache: WeakKeyDictionary[Any, dict[tuple[Any, ...], list[Finding]]] = WeakKeyDictionary()
 
 
+@door
 def audit(model: Model, refresh: bool = False) -> pandas.DataFrame:
     """Which of the checks hold on this model: one row each, in the order of `CHECKS`.
 
@@ -225,7 +227,11 @@ def _try_edits(model: Model, name: str) -> Finding:
         note = f"an edit of one head at {short} should change what that head writes, and nothing else"
         return Finding(name, "fails", difference, f"blocks.{layer}.{hook}", _sentence(note))
     layers = attending_layers(model) if hook.startswith("attn.") else range(int(model.cfg.n_layers))
-    effect, weakest = min((effects.logits[layer], layer) for layer in layers)
+    writing = [layer for layer in layers if layer not in effects.silent]
+    if not writing:
+        note = f"no layer's attention writes anything, so that an edit at {short} rightly changes nothing"
+        return Finding(name, "holds", max(effects.logits), "", _sentence(note))
+    effect, weakest = min((effects.logits[layer], layer) for layer in writing)
     where = f"blocks.{weakest}.{hook}"
     if effect > effects.noise:
         return Finding(name, "holds", effect, where, _sentence(f"an edit at {short} changes the logits"))

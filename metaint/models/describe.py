@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaint.errors import InputError
 from metaint.models.direction import is_causal as is_causal
+from metaint.models.owner_hooks import OWNER_HOOKS, as_attribute, hooked_by_owner
 from metaint.models.protocol import Model
 from metaint.models.readout import setting
 
@@ -147,11 +148,14 @@ def weight_processing(model: Model) -> str:
 def facts_of(model: Model) -> dict[str, str | int]:
     """Attributes of a scan that belong to the model: name, revision, weight processing, dtype, device, sizes.
 
-    For a model out of a GGUF also `quantisation`, `source_file` and `source_sha256`; for one whose checkpoint has not
-    all its weights, or more, `random_weights` and `unused_weights`.
+    Where its owner has forward hooks on it, `owner_hooks` names their hook points: what is read then may be what these
+    made of the model. For a model out of a GGUF also `quantisation`, `source_file` and `source_sha256`; for one whose
+    checkpoint has not all its weights, or more, `random_weights` and `unused_weights`.
     """
     cfg = model.cfg
     parameter = next(iter(model.parameters()), torch.empty(0))
+    hooked = hooked_by_owner(model.hook_dict)
+    by_owner = {OWNER_HOOKS: as_attribute(hooked)} if hooked else {}
     return {
         "model": str(getattr(cfg, "model_name", None) or type(model).__name__),
         "revision": str(getattr(model, "metaint_revision", "")),
@@ -161,5 +165,6 @@ def facts_of(model: Model) -> dict[str, str | int]:
         "n_layers": int(cfg.n_layers),
         "n_heads": int(cfg.n_heads),
         "attention": "causal" if is_causal(model) else "bidirectional",
+        **by_owner,
         **getattr(model, "metaint_source", {}),
     }

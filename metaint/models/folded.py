@@ -173,8 +173,8 @@ def norms_of(model: Model, trial: Trial | None = None) -> tuple[_Norms, ...]:
                 trial = Trial(model, read(model, random_tokens(model, 1, _TOKENS), names))
         outs, none = by_layer(model, "W_O"), _Norms(None, None)
         attending = trial.attending
-        found = (_norms_at(trial, i, outs[i].detach()) if i in attending else none for i in trial.layers)
-        _places[model] = tuple(found)
+        norms = (_norms_at(trial, i, outs[i].detach()) if i in attending else none for i in trial.layers)
+        _places[model] = tuple(norms)
     return _places[model]
 
 

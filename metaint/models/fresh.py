@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaint.errors import ModelError
+from metaint.errors import ModelError, door
 from metaint.models.protocol import Model
 
 # Switches that make hooks fire; a bridge hears of them through setters of the same name.
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
+@door
 def fresh_model(model: Model, seed: int = 0) -> Any:
     """A second model like `model`, at its random initialisation and in evaluation mode.
 

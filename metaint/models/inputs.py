@@ -27,13 +27,15 @@ class InputWatch:
 
     `passes` grows by one with each forward pass, so that a reader knows when a new one began. Where a probe changes
     what it compares, the batch is stacked `copies` times: the first is as the owner has it and the one that `resolve`
-    tells of. `readers` are called with the logits of each pass.
+    tells of. `readers` are called with the logits of each pass, `openers` when one begins.
     """
 
     def __init__(self) -> None:
         self.passes = 0
         self.copies = 1
         self.readers: list[Callable[[Tensor], None]] = []
+        # Called when a pass begins.
+        self.openers: list[Callable[[], None]] = []
         # Where nobody but readers wants the logits of the passes, the positions [copies, sample] they are made at.
         self.private = False
         self.logits_at: Tensor | None = None
@@ -52,6 +54,8 @@ class InputWatch:
         self._new = None if new is None else self._first_copy(new)
         self._mask, self._past = None if mask is None else self._first_copy(mask), past
         self._previous, self._resolved = self._resolved, None
+        for opener in self.openers:
+            opener()
 
     def stack(self, copies: int) -> None:
         """Expect each batch this many times over; InputError if another number was asked for before."""
@@ -156,16 +160,19 @@ def watching(model: Model, masks_checked: bool = False) -> Iterator[InputWatch]:
 
     def on_block(_: Any, args: tuple, kwargs: dict) -> None:
         entry = kwargs.get("past_kv_cache_entry")
-        watch.note(kwargs.get("attention_mask"), entry.past_keys.shape[1] if entry is not None else None)
+        past = None if entry is None else entry.past_keys.shape[1]
+        watch.note(kwargs.get("attention_mask"), past)
 
     cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
 
     def on_output(module: Any, _: Any, output: Any) -> None:
         logits = getattr(output, "logits", output)
         logits = logits[0] if isinstance(logits, tuple) else logits
+        # HookedTransformer caps what its unembedding gives, the wrapped models cap their own.
+        if watch.readers and cap > 0 and module is not wrapped:
+            logits = cap * torch.tanh(logits / cap)
         for reader in watch.readers:
-            # HookedTransformer caps what its unembedding gives, the wrapped models cap their own.
-            reader(cap * torch.tanh(logits / cap) if cap > 0 and module is not wrapped else logits)
+            reader(logits)
 
     def on_unembed(_: Any, args: tuple) -> tuple | None:
         where = watch.logits_at

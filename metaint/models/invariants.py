@@ -1,7 +1,8 @@
-"""What should hold between the hooks and the weights of a model, one generator a check.
+"""What should hold between the hooks of a model's attention, one generator a check, and how its layers score.
 
 Each generator takes a Trial and yields one Pair a layer: two tensors that should be equal, and the hook or
-weight they speak of. What it needs and can't have is said by raising Unavailable.
+weight they speak of. What it needs and can't have is said by raising Unavailable. Weights and the residual stream have
+theirs in `projections.py`.
 """
 
 import math
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from metaint.models.describe import attending_layers, by_layer, sink_scores, window_of
 from metaint.models.direction import is_causal
-from metaint.models.heads import INTO_HEADS, OUT_OF_HEADS, by_head, repeat_heads, thin_heads
+from metaint.models.heads import by_head, repeat_heads
 from metaint.models.protocol import Model
 from metaint.models.reading import Reading, Unavailable, widen
-from metaint.models.readout import final_norm_of, readout_of, setting
+from metaint.models.readout import setting
 
 
 class Pair(NamedTuple):
@@ -75,7 +76,8 @@ def pattern_rows(trial: Trial) -> Iterator[Pair]:
     sinks = sink_scores(trial.model) is not None
     for layer in trial.attending:
         rows = trial.reading[pattern_hook(layer)].sum(-1)
-        yield Pair(pattern_hook(layer), rows, rows.clamp(0, 1) if sinks else torch.ones_like(rows))
+        expected = rows.clamp(0, 1) if sinks else torch.ones_like(rows)
+        yield Pair(pattern_hook(layer), rows, expected)
 
 
 def pattern_causal(trial: Trial) -> Iterator[Pair]:
@@ -220,113 +222,9 @@ def value_mix(trial: Trial) -> Iterator[Pair]:
         yield Pair(f"{attention}.hook_z", z, mixed)
 
 
-def output_sum(trial: Trial) -> Iterator[Pair]:
-    weights = by_layer(trial.model, "W_O")  # which a bridge makes anew at each call
-    for layer in trial.attending:
-        name = _attention_output(trial, layer)
-        z = by_head(trial.reading[f"blocks.{layer}.attn.hook_z"], len(weights[layer]))
-        summed = einsum(z, widen(weights[layer]), OUT_OF_HEADS)
-        summed = summed + bias_of(trial.model, "b_O", layer, summed)
-        if name.endswith("hook_attn_out"):
-            summed = summed * write_factor_of(trial.model)
-        yield Pair(name, trial.reading[name], summed)
-
-
 def write_factor_of(model: Model) -> float:
     """What a sublayer's output is multiplied by before it is added to the stream (Granite)."""
     return float(setting(model, "residual_multiplier") or 1)
-
-
-def _attention_output(trial: Trial, layer: int) -> str:
-    """The attention's output before any norm that follows it (Gemma-2's second norm, BERT's LN(x + out))."""
-    block, reading = f"blocks.{layer}", trial.reading
-    z = f"{block}.attn.hook_z"
-    after = [name for name in reading.activations if reading.before(z, name)]
-    norms = [name for name in after if name.startswith((f"{block}.ln1", f"{block}.ln2"))]
-    for name in (f"{block}.hook_attn_out", f"{block}.attn.hook_out", f"{block}.attn.o.hook_out"):
-        if name in after and not any(reading.before(norm, name) for norm in norms):
-            return name
-    name = f"{block}.hook_attn_out"
-    raise Unavailable(f"the hook {name} never fired before a norm", name)
-
-
-def weights_query(trial: Trial) -> Iterator[Pair]:
-    return _projection(trial, "Q")
-
-
-def weights_key(trial: Trial) -> Iterator[Pair]:
-    return _projection(trial, "K")
-
-
-def weights_value(trial: Trial) -> Iterator[Pair]:
-    return _projection(trial, "V")
-
-
-def _projection(trial: Trial, letter: str) -> Iterator[Pair]:
-    """W and b against the hook, from whichever form of the attention's input lies nearest."""
-    weights = by_layer(trial.model, f"W_{letter}")
-    for layer in trial.attending:
-        actual = trial.reading[f"blocks.{layer}.attn.hook_{letter.lower()}"]
-        weight = thin_heads(widen(weights[layer]), actual.shape[2])
-        bias = thin_heads(bias_of(trial.model, f"b_{letter}", layer, actual), actual.shape[2])
-        candidates = [einsum(x, weight, INTO_HEADS) + bias for x in _attention_inputs(trial, layer, letter)]
-        expected = min(candidates, key=lambda candidate: float((candidate - actual).abs().max()))
-        yield Pair(f"W_{letter}[{layer}]", actual, expected)
-
-
-def _attention_inputs(trial: Trial, layer: int, letter: str) -> list[Tensor]:
-    """What the projections may have read: two candidates on HookedTransformer, which puts `hook_normalized`
-    before or after the norm's own weights, depending on its version and on the kind of norm."""
-    block, reading = f"blocks.{layer}", trial.reading
-    query = f"{block}.attn.hook_q"
-    if reading.before(f"{block}.ln1.hook_out", query):
-        inputs = [reading[f"{block}.ln1.hook_out"]]
-    elif reading.before(f"{block}.ln1.hook_normalized", query):
-        norm = trial.model.blocks[layer].ln1
-        normalized = reading[f"{block}.ln1.hook_normalized"]
-        scaled = normalized * getattr(norm, "w", 1.0) + getattr(norm, "b", 0.0)
-        inputs = [normalized, widen(scaled)]
-    else:
-        inputs = [reading[f"{block}.hook_resid_pre"]]
-    if getattr(trial.model.cfg, "positional_embedding_type", None) == "shortformer" and letter != "V":
-        inputs = [x + reading["hook_pos_embed"] for x in inputs]
-    return inputs
-
-
-def residual(trial: Trial) -> Iterator[Pair]:
-    for layer in trial.layers:
-        block, reading = f"blocks.{layer}", trial.reading
-        if reading.before(f"{block}.hook_mlp_out", f"{block}.ln2.hook_normalized"):
-            reason = "a norm follows each addition (post-norm), so that what a block writes doesn't add up"
-            raise Unavailable(reason, f"{block}.hook_resid_post")
-        summed = reading[f"{block}.hook_resid_pre"] + reading[f"{block}.hook_attn_out"]
-        if not getattr(trial.model.cfg, "attn_only", False):
-            summed = summed + reading[f"{block}.hook_mlp_out"]
-        yield Pair(f"{block}.hook_resid_post", reading[f"{block}.hook_resid_post"], summed)
-
-
-def stream(trial: Trial) -> Iterator[Pair]:
-    for layer in trial.layers[1:]:
-        before, name = f"blocks.{layer - 1}.hook_resid_post", f"blocks.{layer}.hook_resid_pre"
-        yield Pair(name, trial.reading[name], trial.reading[before])
-    last = f"blocks.{trial.layers[-1]}.hook_resid_post"
-    yield Pair(last, trial.reading[last], trial.reading[last])
-
-
-def final_norm(trial: Trial) -> Iterator[Pair]:
-    """The norm's `hook_scale` against what the last residual stream says it is."""
-    norm = final_norm_of(trial.model)
-    if norm is None:
-        raise Unavailable("the model has no final norm", "ln_final")
-    scale = trial.reading["ln_final.hook_scale"]
-    last = trial.reading[f"blocks.{trial.layers[-1]}.hook_resid_post"]
-    yield Pair("ln_final.hook_scale", scale, norm.scale(last))
-
-
-def unembedding(trial: Trial) -> Iterator[Pair]:
-    last = trial.reading[f"blocks.{trial.layers[-1]}.hook_resid_post"]
-    logits = readout_of(trial.model).logits(rearrange(last, "batch position d_model -> (batch position) d_model"))
-    yield Pair("W_U", rearrange(widen(trial.reading.logits), "batch position vocab -> (batch position) vocab"), logits)
 
 
 def bias_of(model: Model, name: str, layer: int, like: Tensor) -> Tensor:

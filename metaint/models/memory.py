@@ -16,7 +16,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.measures import memory
 from metaint.measures.inner import Norm
 from metaint.measures.memory import Recall
@@ -165,6 +165,7 @@ class Memories:
         return score_scale(self.model, layer)
 
 
+@door
 def previous_position_recall(model: Model, head: str, causal: bool = False) -> Recall:
     """Whether a head finds the position before it by learned positions, or by the rotation of its queries and keys.
 
@@ -191,6 +192,7 @@ def previous_position_recall(model: Model, head: str, causal: bool = False) -> R
     return relative[number]
 
 
+@door
 def ov_recall(
     model: Model,
     heads: Sequence[str],
@@ -217,6 +219,7 @@ def ov_recall(
     return Memories(model, tokens, embedding, seed).ov(chosen)
 
 
+@door
 def key_composition_recall(
     model: Model,
     head: str,

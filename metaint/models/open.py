@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from metaint.errors import InputError, ModelError
+from metaint.errors import InputError, ModelError, door
 from metaint.models.boot import boot, boot_loaded, fastest_device, require_bridge, same_weights
 from metaint.models.describe import check_open
 from metaint.models.gguf import gguf_in, open_gguf
@@ -16,6 +16,7 @@ from metaint.models.loading import Missing, adapter_sentence, check_missing, has
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
 
+@door
 def open_model(
     model: str | Path | Any,
     *,
@@ -57,7 +58,8 @@ def open_model(
     Traceback (most recent call last):
     metaint.errors.ModelError: ...
     """
-    kind = as_dtype("float32" if dtype is None else dtype)
+    wanted = "float32" if dtype is None else dtype
+    kind = as_dtype(wanted)
     _check_device(device)
     check_missing(missing)
     if revision is not None and checkpoint is not None:

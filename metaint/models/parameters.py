@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.describe import check_open, weight_processing
 from metaint.models.protocol import Model
+from metaint.models.reading import roots_of
 from metaint.models.swapped import Swapped, copies_of
 
 Select = Literal["all", "attention"] | Callable[[str, Tensor], bool]
@@ -89,10 +90,10 @@ def place_of(name: str) -> Place:
         return Place(layer, "norm")
     if layer is None:
         unembeds = any("unembed" in piece or piece in ("mlm_head", "lm_head") for piece in path)
-        return Place(None, "unembedding" if unembeds else "embedding")
+        return Place(None, "unembedding") if unembeds else Place(None, "embedding")
     inside = path[path.index("blocks") + 2 :]
     in_attention = any(_ATTENTION.match(piece) for piece in inside)
-    return Place(layer, "attention" if in_attention else "mlp")
+    return Place(layer, "attention") if in_attention else Place(layer, "mlp")
 
 
 def chosen(model: Model, select: Select = "all", *, allow_folded: bool = False) -> dict[str, Tensor]:
@@ -127,6 +128,7 @@ def quantised(model: Model, parameters: Mapping[str, Tensor]) -> str:
     return first or ("by its configuration" if getattr(config, "quantization_config", None) is not None else "")
 
 
+@door
 def scaled(model: Model, c: float, select: Select = "all", *, allow_folded: bool = False) -> Swapped:
     """Multiply parameters by `c` inside the block; afterwards they are bit for bit as before, however it ends.
 
@@ -174,10 +176,8 @@ def check_finite(model: Model) -> None:
 
 def _all_parameters(model: Model) -> dict[str, Tensor]:
     """Every parameter of a model and of the model that it wraps, by a name of its own."""
-    roots = {"": model, "wrapped.": getattr(model, "original_model", None)}
     return {
-        f"{root}{name}": parameter
-        for root, module in roots.items()
-        if isinstance(module, nn.Module)
-        for name, parameter in nn.Module.named_parameters(module, remove_duplicate=False)
+        f"{prefix}{name}": parameter
+        for prefix, root in roots_of(model).items()
+        for name, parameter in nn.Module.named_parameters(root, remove_duplicate=False)
     }

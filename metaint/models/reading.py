@@ -113,11 +113,16 @@ def random_tokens(model: Model, rows: int, length: int) -> Tensor:
     return torch.tensor(ordinary)[drawn].to(next(model.parameters()).device)
 
 
+def roots_of(model: Model) -> dict[str, nn.Module]:
+    """The model, and the one that it wraps, which a bridge keeps outside its own modules; each with a prefix."""
+    roots = {"": model, "wrapped.": getattr(model, "original_model", None)}
+    return {prefix: root for prefix, root in roots.items() if isinstance(root, nn.Module)}
+
+
 @contextmanager
 def steady(model: Model) -> Iterator[None]:
     """Evaluation mode and no gradients inside; every module's training flag is as it was afterwards."""
-    wrapped = getattr(model, "original_model", None)  # which a bridge keeps outside its own modules
-    modules = {id(m): m for root in (model, wrapped) if isinstance(root, nn.Module) for m in root.modules()}
+    modules = {id(module): module for root in roots_of(model).values() for module in root.modules()}
     flags = [(module, module.training) for module in modules.values()]
     try:
         for module, _ in flags:

@@ -20,13 +20,10 @@ def readout_of(model: Model) -> Readout:
         raise Unavailable("the model has no W_U", "W_U")
     cap = float(setting(model, "output_logits_soft_cap") or setting(model, "final_logit_softcapping") or 0)
     bias = getattr(model, "b_U", None)
-    return Readout(
-        weight.detach(),
-        bias.detach() if isinstance(bias, Tensor) else None,
-        final_norm_of(model),
-        float(setting(model, "logit_scale") or 1) / float(setting(model, "logits_scaling") or 1),
-        cap if cap > 0 else None,
-    )
+    bias = bias.detach() if isinstance(bias, Tensor) else None
+    factor = float(setting(model, "logit_scale") or 1) / float(setting(model, "logits_scaling") or 1)
+    bound = cap if cap > 0 else None
+    return Readout(weight.detach(), bias, final_norm_of(model), factor, bound)
 
 
 def final_norm_of(model: Model) -> Norm | None:
@@ -49,7 +46,8 @@ def norm_of(model: Model, module: Any, name: str) -> Norm | None:
     gain, bias = (_parameter(module, names, ends) for ends in (("weight", "w"), ("bias", "b")))
     if gain is not None and getattr(model.cfg, "rmsnorm_uses_offset", False):
         gain = gain.float() + 1.0 if gain.dtype.itemsize < 4 else gain + 1.0
-    return Norm("rms" if kind.startswith("RMS") or final_rms else "layer", float(model.cfg.eps), gain, bias)
+    form = "rms" if kind.startswith("RMS") or final_rms else "layer"
+    return Norm(form, float(model.cfg.eps), gain, bias)
 
 
 def setting(model: Model, name: str) -> Any:

@@ -70,7 +70,8 @@ def writing_of(model: Model, says: bool) -> Writing:
         bias = bias_of(model, "b_O", layer, weight[:1, 0][None])
         layers[layer] = Layer(weight * write_factor_of(model), length_factor(weight), bias, after)
     reaches = says and direct and all(holds(model, check) for check in _DIRECT)
-    return Writing(layers, Vocabulary.of(readout_of(model), weight.dtype) if reaches else None)
+    vocabulary = Vocabulary.of(readout_of(model), weight.dtype) if reaches else None
+    return Writing(layers, vocabulary)
 
 
 def stamp(model: Model) -> list[tuple[int, int]]:

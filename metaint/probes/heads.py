@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import ActivationError
+from metaint.errors import ActivationError, door
 from metaint.measures.attention import Measure, resolve, shuffled, sink_mass, sink_rate
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import Shape
@@ -17,6 +17,7 @@ from metaint.models.inputs import InputWatch
 from metaint.models.protocol import Model
 from metaint.probes.bundles import add_bundles, fingerprints
 from metaint.probes.head_scores import each_sequence, off_sink, summarise
+from metaint.probes.lag_curves import add_states, fold_lags, lag_coordinate, lag_curves
 from metaint.probes.largest_logits import NAMES as LOGITS, ScoreReader, fold_logits, logit_variables
 from metaint.probes.plan import Plan, plans_of
 from metaint.probes.probe import Probe
@@ -67,9 +68,12 @@ class HeadProbe(Probe):
     # Of the pass that is being read.
     _plans: list[Plan]
 
-    def __init__(self, measures: Iterable[str | Measure] | None = None, *, max_logit: bool = False) -> None:
+    @door
+    def __init__(
+        self, measures: Iterable[str | Measure] | None = None, *, max_logit: bool = False, by_lag: bool = False
+    ) -> None:
         super().__init__()
-        self.max_logit = max_logit
+        self.max_logit, self.by_lag = max_logit, by_lag
         self._scores: ScoreReader | None = None
         # What was read of a layer before its pattern, and whether a pass was opened by it.
         self.held: dict[str, Tensor] = {}
@@ -84,6 +88,8 @@ class HeadProbe(Probe):
         if max_logit:
             self.add_state("largest_logit", torch.tensor(-torch.inf), dist_reduce_fx="max")
             self.add_state("logit_histogram", torch.zeros(()), dist_reduce_fx="sum")
+        if by_lag:
+            add_states(self)
 
     def prepare(self, model: Model) -> None:
         self._scores = ScoreReader.of(model) if self.max_logit else None
@@ -174,10 +180,12 @@ class HeadProbe(Probe):
         counts[:, :, layer] += defined
         if self.statistics:
             uniform[:, n_kinds:, layer] += plan.uniform_statistics(self._statistics, full)
+        sinks = self._shape is not None and self._shape.learnt_sinks
+        total = tile.pattern.sum(-1) if sinks else 1.0
+        if self.by_lag:
+            fold_lags(self, layer, plan.lagged.read(tile, total, full))
         if self.kinds:
             uniform[:, :n_kinds, layer] += plan.uniform_kinds.to(full)
-            sinks = self._shape is not None and self._shape.learnt_sinks
-            total = tile.pattern.sum(-1) if sinks else 1.0
             self.beside_first[-1][:, :, layer] += plan.beside_first(tile, total).to(full)
             mean, variance = shuffled(tile, plan.matches, total)
             self.null_mean[:, layer] += mean.sum(1, dtype=full)
@@ -249,6 +257,8 @@ class HeadProbe(Probe):
         words = LOGITS | {each.name: (each.__doc__ or "").strip().split("\n")[0] for each in self.measures}
         for name in words.keys() & data.keys():
             data[name].attrs["description"] = words[name]
+        if self.by_lag:
+            data = data.assign_coords(lag=lag_coordinate()).assign(lag_curves(self))
         sequences = sum(len(block) for block in self.sums)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences)
         return add_bundles(data, self._ratios(), self.prints)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import ActivationError, HookAuditError, InputError
+from metaint.errors import ActivationError, HookAuditError, InputError, door
 from metaint.measures import norms
 from metaint.measures.correlation import partial_spearman
 from metaint.measures.inner import Readout, Translator, read_path
@@ -70,6 +70,7 @@ class InnerProbe(Probe):
     _rows: Rows
     _activations: dict[str, Float[Tensor, "sampled d_model"]]
 
+    @door
     def __init__(self, positions: int = 64, lens: Any = None, seed: int = 0) -> None:
         super().__init__()
         if positions < 1:

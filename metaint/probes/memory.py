@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import HookAuditError, InputError
+from metaint.errors import HookAuditError, InputError, door
 from metaint.measures import in_context, memory
 from metaint.models.audit import holds
 from metaint.models.describe import Shape
@@ -71,6 +71,7 @@ class MemoryProbe(Probe):
     counts: Float[Tensor, " kind"]
     tokens_read: Float[Tensor, ""]
 
+    @door
     def __init__(
         self,
         tokens: int | Sequence[int] = TOKENS,

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import ActivationError, InputError
+from metaint.errors import ActivationError, InputError, door
 from metaint.measures import outputs
 from metaint.measures.attention import HEAD_MEASURES, Measure, resolve
 from metaint.measures.tile import Context
@@ -71,6 +71,7 @@ class OutputProbe(Probe):
     _context: Context
     _columns: Float[Tensor, "batch key d_model"] | None
 
+    @door
     def __init__(self, kinds: Iterable[str | Measure] | None = None, *, positions: int = 64, seed: int = 0) -> None:
         super().__init__()
         self.kinds = list(resolve(_KINDS if kinds is None else kinds))

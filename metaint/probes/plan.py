@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaint.measures.attention import Measure, Pairs, targets
+from metaint.measures.lags import Lagged
 from metaint.measures.tile import Context, Tile
 from metaint.models.describe import Shape
 
@@ -44,6 +45,11 @@ class Plan:
     def defined(self) -> Float[Tensor, "batch kind"]:
         """Queries for which each kind is defined."""
         return (self.matches > 0).sum(-1).mT
+
+    @cached_property
+    def lagged(self) -> Lagged:
+        """The key at each lag of each query."""
+        return Lagged.of(self.context)
 
     def beside_first(self, tile: Tile, total: Tensor | float = 1.0) -> Float[Tensor, "batch kind head"]:
         """The weight that is not on position 0, summed over the queries for which each kind is defined."""

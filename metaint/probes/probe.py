@@ -9,10 +9,11 @@ import xarray as xr
 from torch import Tensor
 from torchmetrics import Metric
 
-from metaint.errors import HookAuditError, InputError
+from metaint.errors import HookAuditError, InputError, door
 from metaint.models.audit import mistrust_of_mask, require
 from metaint.models.describe import Shape, facts_of, shape_of
 from metaint.models.inputs import InputWatch
+from metaint.models.owner_hooks import OWNER_HOOKS, as_attribute, hooked_by_owner, ours
 from metaint.models.protocol import Model
 from metaint.models.reading import first_tensor
 from metaint.scans.assemble import assemble
@@ -59,12 +60,15 @@ class Probe(Metric):
     copies: int = 1
     reads_logits: bool = False
 
+    @door
     def __init__(self) -> None:
         super().__init__()
         self._shape: Shape | None = None
         self.facts: dict[str, str | int] = {}
         self._pass: tuple[InputWatch, int] | None = None
         self._read: set[str] = set()
+        # Hook points where the owner had hooks of his own in any pass that was read.
+        self._hooked: list[str] = []
 
     @property
     def shape(self) -> Shape:
@@ -117,11 +121,20 @@ class Probe(Metric):
             )
         require(model, self.audits)
         self._shape, self.facts = shape, facts_of(model)
+        if self._update_count == 0:
+            self._hooked = []
+        self.note_hooks(hook_points)
+
+    def note_hooks(self, points: Mapping[str, Any]) -> None:
+        """Record at which of these hook points the owner has hooks now, beside those of earlier passes."""
+        self._hooked = list(dict.fromkeys([*self._hooked, *hooked_by_owner(points)]))
+        if self._hooked:
+            self.facts[OWNER_HOOKS] = as_attribute(self._hooked)
 
     def hooks(self, model: Model, watch: InputWatch) -> list[Hook]:
         """Read-only forward hooks for `model`, told by `watch` what the model is fed."""
         self.prepare(model)
-        return [(name, self._reader(name, watch)) for name in self.hook_names(self.shape)]
+        return [(name, ours(self._reader(name, watch))) for name in self.hook_names(self.shape)]
 
     def module_hooks(self, model: Model) -> list[tuple[Any, Callable[..., Any]]]:
         """Modules of `model`, each with a forward hook, for what no hook point can carry; most probes need none."""
@@ -137,10 +150,13 @@ class Probe(Metric):
         if attention_mask is not None and (mistrust := mistrust_of_mask(model, attention_mask)):
             raise HookAuditError(mistrust)
 
+        points = model.hook_dict
+
         def begin(activation: Tensor, hook: Any) -> None:
             watch.begin(activation if tokens is None else tokens, attention_mask)
+            self.note_hooks(points)
 
-        start = TOKENS_HOOK if TOKENS_HOOK in model.hook_dict else EMBEDDING_HOOK
+        start = TOKENS_HOOK if TOKENS_HOOK in points else EMBEDDING_HOOK
         if start == EMBEDDING_HOOK and tokens is None:
             raise InputError(
                 "tokens is missing, and this model has no hook on its token ids: "
@@ -152,7 +168,7 @@ class Probe(Metric):
                 f"this model tells of its attention too late for hooks alone to change it: use metaint.attach or "
                 f"metaint.scan for a {type(self).__name__}."
             )
-        return [(start, begin), *hooks]
+        return [(start, ours(begin)), *hooks]
 
     def _reader(self, name: str, watch: InputWatch) -> Callable[..., None]:
         def hook(activation: Any, hook: Any) -> None:
@@ -165,7 +181,10 @@ class Probe(Metric):
     def merge_state(self, incoming_state: Any) -> None:
         """Add what another probe of the same kind has read, as if this one had read it too."""
         if isinstance(incoming_state, Probe) and self._shape is None:
-            self._shape, self.facts = incoming_state._shape, incoming_state.facts
+            self._shape, self.facts = incoming_state._shape, dict(incoming_state.facts)
+        if isinstance(incoming_state, Probe) and incoming_state._hooked:
+            self._hooked = list(dict.fromkeys([*self._hooked, *incoming_state._hooked]))
+            self.facts[OWNER_HOOKS] = as_attribute(self._hooked)
         mine = {name: list(value) for name, value in self.metric_state.items() if isinstance(value, list)}
         super().merge_state(incoming_state)
         for name, value in mine.items():  # torchmetrics puts what comes in first; an order is kept here

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import ActivationError, InputError
+from metaint.errors import ActivationError, InputError, door
 from metaint.measures import autoregression, recurrence
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
@@ -71,6 +71,7 @@ class RecurrenceProbe(Probe):
     contexts: list[Inexact[Tensor, "sequence position d"]]
     matrices: list[Inexact[Tensor, "sequence d d"]]
 
+    @door
     def __init__(self, descents: Mapping[str, Descent], decode_at: int | None = None, seed: int = 0) -> None:
         super().__init__()
         if decode_at is not None and decode_at < 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import ActivationError, InputError
+from metaint.errors import ActivationError, InputError, door
 from metaint.measures import norms
 from metaint.measures.positions import BUCKETS, position_bucket
 from metaint.models.audit import holds
@@ -84,6 +84,7 @@ class ResidualProbe(Probe):
     medians: list[Float[Tensor, "sequence layer"]]
     _current: _Pass
 
+    @door
     def __init__(
         self, positions: int = 64, top: int = 5, growth_layers: tuple[int, int] | None = None, seed: int = 0
     ) -> None:

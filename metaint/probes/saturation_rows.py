@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from metaint.errors import ActivationError
 from metaint.measures import saturation
 from metaint.measures.sharpening import blocks, mix, row_statistics
 from metaint.measures.tile import TAUS
@@ -86,9 +87,34 @@ class HeadRows:
             self.length[..., counted],
         )
 
-    def is_finite(self) -> bool:
-        """Whether every row is one of numbers: NaN in a pattern is a total that isn't above 0."""
-        return bool((self.total > 0).all() & self.variation.isfinite().all())
+    def of_queries(self) -> dict[str, Float[Tensor, "*slot head query"]]:
+        """What is summed over queries, by the slots of `of_heads`."""
+        has_gap = self.gap.isfinite()
+        return {
+            "total_variation": self.variation,
+            "output_change": self.change,
+            "off_maximum": 1 - 1 / self.total,
+            "tied_keys": self.tied,
+            "gap": self.gap.where(has_gap, 0),
+            "gaps": has_gap,
+            "length": self.length,
+            "queries": torch.ones_like(self.total),
+        }
+
+    def add_by_gap(self, state: Float[Tensor, "3 head bin"]) -> None:
+        """Add to each log bin of the gap its queries, their odds of the largest, and one over how many are tied."""
+        odds = (self.total - self.ties) / self.ties
+        bins = saturation.gap_bin(self.gap)
+        for slot, values in zip(state, (torch.ones_like(self.total), odds, 1 / self.ties), strict=True):
+            slot.scatter_add_(-1, bins, values.to(state.dtype))
+
+    def check(self, layer: int) -> None:
+        """ActivationError unless every row is one of numbers: NaN in a pattern is a total that isn't above 0."""
+        if not bool((self.total > 0).all() & self.variation.isfinite().all()):
+            raise ActivationError(
+                f"blocks.{layer}.attn.hook_pattern holds NaN or infinity: the weights or the activations before it "
+                "overflow (try a wider dtype), or a sequence has no visible key."
+            )
 
 
 def compare_logits(

@@ -53,17 +53,17 @@ def _fed(model: Model, vectors: Tensor, embedding: Tensor | None, seed: int) -> 
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 
     def stream(x: Tensor) -> Tensor:
-        kept: dict[str, Tensor] = {}
+        carried: dict[str, Tensor] = {}
 
         def replace(tokens: Tensor, hook: Any) -> Tensor:
             return (x @ map_).to(tokens.dtype)
 
         def keep(value: Tensor, hook: Any) -> None:
-            kept["stream"] = value
+            carried["stream"] = value
 
         with model.hooks(fwd_hooks=[("hook_embed", replace), (last, keep)]):
             model(ids[:, : x.shape[1]].expand(len(x), -1), return_type=None)
-        return kept["stream"]
+        return carried["stream"]
 
     sample = vectors[:1, :-1]
     if torch.equal(stream(sample), stream(sample + 1)):

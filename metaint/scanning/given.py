@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.describe import check_open
 from metaint.models.protocol import Model
 from metaint.models.tokens import check_tokens, encoded, first_id, starts_with_bos
@@ -83,6 +83,7 @@ def whole(value: Any, name: str) -> int:
         raise InputError(f"{name} is {value!r}: it must be an integer.") from None
 
 
+@door
 def default_tokens(
     model: Model,
     length: int = 50,
@@ -127,6 +128,7 @@ def _ordinary(model: Model, length: int) -> tuple[int, set[int]]:
     return len(tokenizer), {i for i in getattr(tokenizer, "all_special_ids", []) if i is not None}
 
 
+@door
 def text_tokens(
     model: Model, text: str, length: int, windows: int, seed: int | None = 0, bos: bool | None = None
 ) -> Int[Tensor, "batch position"]:

@@ -89,7 +89,9 @@ def create(path: Path, groups: Mapping[str, xr.Dataset], attributes: Mapping[Any
 
 def append(path: Path, groups: Mapping[str, xr.Dataset], count: int) -> None:
     """Write record number `count`: nothing of an earlier record is written again, so that no kill can harm it."""
-    rows = {f"{g}/{n}": v.values[0] for g, data in groups.items() for n, v in data.variables.items() if _moves(v)}
+    rows = {}
+    for group, data in groups.items():
+        rows.update({f"{group}/{name}": v.values[0] for name, v in data.variables.items() if _moves(v)})
     scalars = [f"training/{file.parent.name}" for file in (path / "training").glob("*/zarr.json")]
     for array in rows.keys() - set(scalars):
         if array.startswith("training/"):
@@ -128,7 +130,8 @@ def _write_row(path: Path, array: str, about: dict[str, Any], row: np.ndarray, i
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         shape = about["chunk_grid"]["configuration"]["chunk_shape"]
-        empty = np.full(shape, np.nan if row.dtype.kind in "fc" else 0, values.dtype)
+        nothing = np.nan if row.dtype.kind in "fc" else 0
+        empty = np.full(shape, nothing, values.dtype)
         _replace(file, empty.tobytes(), file.with_name(f"{file.name}.new"))
     with file.open("r+b") as out:
         before = table.get(name)

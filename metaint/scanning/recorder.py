@@ -21,10 +21,13 @@ import xarray as xr
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError, StoreError, door
 from metaint.models.describe import facts_of
+from metaint.models.owner_hooks import OWNER_HOOKS, hooked_by_owner
 from metaint.models.protocol import Model
+from metaint.models.reading import roots_of
 from metaint.probes.probe import Probe
+from metaint.scanning.alarm import MARK, Alarm, Warn
 from metaint.scanning.given import given_inputs, whole
 from metaint.scanning.record_store import append, create, layout_of, trim, with_step, writing
 from metaint.scanning.scan import chosen_probes, scan
@@ -42,6 +45,10 @@ class Recorder:
     - `every`: a number of steps, the steps themselves, or a function of the step.
     - `path`: the Zarr store. It must not exist, unless `resume` goes on after its last whole record.
     - `tokens`, `batch_size`, `seed`, `attributes`: as in `metaint.scan`; the tokens stay the same.
+
+    - `warn_above`: an attention logit, such as MuonClip's 100 (2507.20534), above which `on_warning(step, heads)` is
+      called with the heads and their largest logits (None: a Python warning), and `/training` marks the step with a
+      `logit_alarm` of 1. Needs `HeadProbe(max_logit=True)`.
 
     Scans run in evaluation mode, without gradients and autocast, and leave modes and random states as they were.
     `last` is the last scan made. Where several processes train, only one may record.
@@ -62,6 +69,7 @@ class Recorder:
     Frozen({'step': 2, 'layer': 1, 'head': 2})
     """
 
+    @door
     def __init__(
         self,
         model: Model,
@@ -74,10 +82,13 @@ class Recorder:
         seed: int = 0,
         attributes: Mapping[str, Any] | None = None,
         resume: bool = False,
+        warn_above: float | None = None,
+        on_warning: Warn | None = None,
     ) -> None:
         self._model, self._probes, self._path = model, chosen_probes(probes), Path(path)
         if not self._probes:
             raise InputError("probes is empty: pass at least one, such as [metaint.HeadProbe()].")
+        self._alarm = Alarm.of(warn_above, on_warning, self._probes)
         self._wanted = _chooser(every)
         given = given_inputs(model, tokens, batch_size=batch_size, seed=seed)
         digest = hashlib.sha256(given.tokens.long().cpu().numpy().tobytes()).hexdigest()[:16]
@@ -104,8 +115,10 @@ class Recorder:
     def __call__(self, step: int, **scalars: float | Tensor) -> xr.DataTree | None:
         """Record if `every` asks for this step; `scalars` (loss=...) go to `/training`. Returns the scan, or None.
 
-        A scalar may come and go: where it was not given it is NaN. Raises InputError for a step that isn't above the
-        last recorded one, what `scan` raises, and StoreError, with the records before intact, if it can't be written.
+        A scalar may come and go: where it was not given it is NaN. Where hooks of yours are on the model, `owner_hooks`
+        there is the number of their hook points (attributes are those of the first record). Raises InputError for a
+        step that isn't above the last recorded one, what `scan` raises, and StoreError, with the records before intact,
+        if it can't be written.
         """
         step = whole(step, "step")
         if self._steps and step <= self._steps[-1]:
@@ -116,15 +129,23 @@ class Recorder:
         self._step = step
         if not self._wanted(step):
             return None
+        hooked = len(hooked_by_owner(self._model.hook_dict))
+        if hooked:
+            scalars = {OWNER_HOOKS: hooked, **scalars}
         training = xr.Dataset({name: _number(name, value) for name, value in scalars.items()})
         for probe in self._probes:
             probe.reset()
         with _undisturbed(self._model):
             scanned = self._scan()
+        loud = {} if self._alarm is None else self._alarm.heads(scanned)
+        if self._alarm is not None:
+            training[MARK] = float(bool(loud))
         groups = {name: group.to_dataset() for name, group in scanned.children.items()} | {"training": training}
         self._write({name: with_step(data, step) for name, data in groups.items()}, scanned.attrs)
         self._steps.append(step)
         self.last = scanned
+        if self._alarm is not None:
+            self._alarm.tell(step, loud)
         return scanned
 
     @contextmanager
@@ -145,7 +166,8 @@ class Recorder:
         def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             nonlocal step
             held = {id(p) for group in optimizer.param_groups for p in group["params"]} & _parameters(self._model)
-            counted.update(held if not counted else ())  # the first optimiser's; a later loop's holds some of them
+            if not counted:
+                counted.update(held)  # the first optimiser's; a later loop's holds some of them
             if held & counted:
                 step += 1
                 self._advance(step, loss)
@@ -181,7 +203,8 @@ class Recorder:
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.is_world_process_zero:
                     logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
-                    recorder._advance(state.global_step, {"loss": logged[-1]} if logged else {})
+                    scalars = {"loss": logged[-1]} if logged else {}
+                    recorder._advance(state.global_step, scalars)
 
         return RecorderCallback()
 
@@ -246,7 +269,7 @@ def _chooser(every: Any) -> Callable[[int], bool]:
 def _number(name: str, value: Any) -> float:
     try:
         if name.isidentifier():  # it becomes a folder's name
-            return float(value.detach() if isinstance(value, Tensor) else value)
+            return float(value.detach()) if isinstance(value, Tensor) else float(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
         pass
     raise InputError(
@@ -255,8 +278,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _parameters(model: Model) -> set[int]:
-    roots = (model, getattr(model, "original_model", None))
-    return {id(parameter) for root in roots if root is not None for parameter in root.parameters()}
+    return {id(parameter) for root in roots_of(model).values() for parameter in root.parameters()}
 
 
 @contextmanager

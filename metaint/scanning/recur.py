@@ -14,7 +14,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.measures import recurrence
 from metaint.models.describe import check_open, is_causal
 from metaint.models.reading import steady
@@ -30,6 +30,7 @@ from metaint.scans.assemble import assemble
 _CHOSEN = 12
 
 
+@door
 def recur(
     model: Any,
     vectors: Inexact[Tensor, "batch position d"],
@@ -180,14 +181,14 @@ def _is_held(model: Any, hold_values: bool | None) -> bool:
 
 def _holding(model: Any, vectors: Tensor) -> Predict:
     """The model's prediction, with the keys and values that it has on these vectors whatever it is given."""
-    kept: dict[str, Tensor] = {}
+    carried: dict[str, Tensor] = {}
     names = [name for name in model.hook_dict if name.endswith((".attn.hook_k", ".attn.hook_v"))]
-    with model.hooks(fwd_hooks=[(name, lambda x, hook: kept.update({hook.name: x.detach()})) for name in names]):
+    with model.hooks(fwd_hooks=[(name, lambda x, hook: carried.update({hook.name: x.detach()})) for name in names]):
         model(vectors)
 
     def predict(changed: Tensor) -> Tensor:
         length = changed.shape[1]
-        with model.hooks(fwd_hooks=[(name, lambda _, hook: kept[hook.name][:, :length]) for name in names]):
+        with model.hooks(fwd_hooks=[(name, lambda _, hook: carried[hook.name][:, :length]) for name in names]):
             return model(changed)
 
     return predict

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.measures import norms, saturation
 from metaint.measures.positions import sample_positions
 from metaint.measures.resampling import bootstrap_interval
@@ -34,6 +34,7 @@ SCALES = tuple(2.0**i for i in range(11))
 PUBLISHED = 1000.0
 
 
+@door
 def saturate(
     model: Model,
     tokens: Tensor | str | None = None,
@@ -96,7 +97,8 @@ def saturate(
     with steady(model):
         for start in tqdm(starts, desc="saturate", disable=not progress, leave=False):
             rows = slice(start, start + batch_size)
-            sweep.add(given.tokens[rows], None if given.mask is None else given.mask[rows])
+            mask = None if given.mask is None else given.mask[rows]
+            sweep.add(given.tokens[rows], mask)
     return as_scan({"saturation": sweep.to_dataset()}, facts_of(model), {**given.facts, **(attributes or {})})
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import xarray as xr
@@ -9,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.inputs import InputWatch, watching
 from metaint.models.parameters import check_finite
 from metaint.models.protocol import Model
@@ -28,8 +29,9 @@ def attach(model: Model, *probes: Probe) -> Iterator[Any]:
 
     Token ids, the padding of an `attention_mask` and the length of a key-value cache are learnt from the passes
     themselves. Yields the probe (a tuple if there are several). A hook sees what those before it left: a pattern that
-    you edit is read as edited where your hooks were on the model before this block, else as it was. On the way out,
-    also by an exception, every hook is gone and what was read stays in the probes.
+    you edit is read as edited where your hooks were on the model before this block, else as it was; either way the
+    scan's attribute `owner_hooks` names the hook points that had hooks of yours in any pass. On the way out, also by an
+    exception, every hook is gone and what was read stays in the probes.
 
     >>> import metaint
     >>> from metaint.toys.small import small_transformer
@@ -63,10 +65,14 @@ def _attached(model: Model, probes: Sequence[Probe], private: bool) -> Iterator[
         for module, hook in (pair for probe in probes for pair in probe.module_hooks(model)):
             stack.callback(module.register_forward_hook(hook).remove)
         hooks = [hook for probe in probes for hook in probe.hooks(model, watch)]
+        if not private:  # their owner's hooks come and go from pass to pass
+            points = model.hook_dict
+            watch.openers += [partial(probe.note_hooks, points) for probe in probes]
         with model.hooks(fwd_hooks=hooks):
             yield
 
 
+@door
 def scan(
     model: Model,
     tokens: Int[Tensor, "batch position"] | str | None = None,
@@ -87,7 +93,8 @@ def scan(
     - `batch_size`: sequences in a pass. With a `SaturationProbe` each takes the place of several.
     - `attributes`: recorded at the root of the scan, beside model, seed, BOS and shape.
 
-    Returns a `DataTree` with one group for each probe. Raises InputError for tokens that the model can't take,
+    Returns a `DataTree` with one group for each probe. Hooks of yours that are on the model stay on and work: the
+    attribute `owner_hooks` names their hook points. Raises InputError for tokens that the model can't take,
     HookAuditError for a model whose hooks are not what a probe needs.
 
     >>> import metaint
@@ -105,8 +112,9 @@ def scan(
     wanted = "logits" if any(probe.reads_logits for probe in probes) else None
     with steady(model), _attached(model, probes, private=True):
         # A probe of the weights alone needs no pass.
-        hooked = any(probe.hook_names(probe.shape) for probe in probes)
-        for start in tqdm(starts if hooked else (), desc="scan", disable=not progress, leave=False):
+        if not any(probe.hook_names(probe.shape) for probe in probes):
+            starts = range(0)
+        for start in tqdm(starts, desc="scan", disable=not progress, leave=False):
             rows = slice(start, start + size)
             padding = {} if given.mask is None else {"attention_mask": given.mask[rows].repeat(copies, 1)}
             model(given.tokens[rows].repeat(copies, 1), return_type=wanted, **padding)
@@ -132,6 +140,7 @@ def chosen_probes(probes: Sequence[Probe] | None) -> list[Probe]:
     return chosen
 
 
+@door
 def read_cache(
     cache: Any,
     tokens: Int[Tensor, "batch position"] | None = None,

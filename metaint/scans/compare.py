@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.scans.evidence import evidence, values
 from metaint.scans.finding import Scan, group_of, name_of
 from metaint.scans.labels import label_heads, outputs_of
@@ -34,6 +34,7 @@ class _Difference:
     p_value: np.ndarray
 
 
+@door
 def compare(scan_a: Scan, scan_b: Scan) -> xr.Dataset:
     """How the heads of `scan_b` differ from those of `scan_a`: b - a of every score that both have, and their labels.
 

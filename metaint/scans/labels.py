@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.scans.evidence import ENOUGH_MATCHES, Evidence, enough_matches, evidence, induction_source, values
 from metaint.scans.reliability import add_reliability
 
@@ -42,6 +42,7 @@ COLUMNS = [
 ]  # fmt: skip
 
 
+@door
 def label_heads(
     scan: xr.DataTree | xr.Dataset,
     thresholds: Mapping[str, float] | None = None,
@@ -173,6 +174,7 @@ def not_judged(heads: xr.Dataset) -> dict[str, str]:
     return reasons
 
 
+@door
 def telling_heads(scan: xr.DataTree | xr.Dataset, most: int = 15) -> pd.DataFrame:
     """The `most` labelled heads that tell most, a row of `label_heads` each: the widest margin of each label in turn.
 

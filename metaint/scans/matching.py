@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import ArrayLike
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.scans.compare import common_groups, scores_of, shape_of
 from metaint.scans.evidence import values
 from metaint.scans.finding import Scan
@@ -27,6 +27,7 @@ _COLUMNS = [
 ]  # fmt: skip
 
 
+@door
 def match_heads(
     scan_a: Scan,
     scan_b: Scan,

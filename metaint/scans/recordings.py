@@ -13,10 +13,11 @@ from typing import Any
 import xarray as xr
 from xarray.backends import ZarrStore
 
-from metaint.errors import StoreError
+from metaint.errors import StoreError, door
 from metaint.scans.checksums import TABLE, Table, root_metadata, verify
 
 
+@door
 def read_recording(path: str | Path) -> xr.DataTree:
     """The whole records of a recording, finished or not, as `step` before each variable's own dimensions.
 

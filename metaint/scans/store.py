@@ -7,7 +7,7 @@ from typing import Any
 import xarray as xr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from metaint.errors import StoreError
+from metaint.errors import StoreError, door
 from metaint.scans.checksums import TABLE, root_metadata, seal, verify
 from metaint.scans.recordings import is_recording, read_recording
 from metaint.scans.whole import restore, whole_folder
@@ -16,6 +16,7 @@ from metaint.scans.whole import restore, whole_folder
 _ENCODING: Any = {"compressors": [ZstdCodec(level=0), Crc32cCodec()]}
 
 
+@door
 def save(scan: xr.DataTree, path: str | Path) -> Path:
     """Write a scan to a Zarr folder, replacing a scan that is there; StoreError if it can't be written.
 
@@ -41,6 +42,7 @@ def save(scan: xr.DataTree, path: str | Path) -> Path:
     return path
 
 
+@door
 def load(path: str | Path) -> xr.DataTree:
     """Read a scan into memory, or the whole records of a recording, finished or not (`metaint.read_recording`).
 

@@ -194,7 +194,9 @@ def autoregression(
     seeded = _integers("--seeds", seeds, 0, _LARGEST_SEED)
     from metaint.labs.autoregression.study import run, runs
 
-    size = "quick" if quick else "full" if full else "default"
+    size = "full" if full else "default"
+    if quick:
+        size = "quick"
     settings = runs(setting, size, seeds=seeded, heads=counts, layers=depths, **given)
     run(console(), out / setting, settings, jobs=jobs, progress=sys.stderr.isatty())
 

@@ -10,12 +10,13 @@ from metaint.tasks.autoregressive import (
 )
 from metaint.tasks.bigram import BigramTask, bigram
 from metaint.tasks.repeated import repeated_tokens
-from metaint.tasks.text import python_prose, read_text, text_windows
+from metaint.tasks.text import alike_tokens, python_prose, read_text, text_windows
 
 __all__ = [
     "AutoregressiveSample",
     "BigramTask",
     "RegressionSample",
+    "alike_tokens",
     "augmented",
     "autoregressive",
     "bigram",

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.tasks.bigram_draws import LARGEST, Draws, draws_of, uniform_numbers
 from metaint.tasks.text import fold_prose, python_prose
 
@@ -145,7 +145,9 @@ class BigramTask:
             kind = str(ids.dtype).removeprefix("torch.")
             raise InputError(f"ids is {kind} of shape {tuple(ids.shape)}: give one row of whole numbers, [position].")
         if vocab is None:
-            vocab = len(vocabulary) if vocabulary else int(ids.max()) + 1 if len(ids) else 0
+            vocab = len(vocabulary or ())
+            if not vocabulary and len(ids):
+                vocab = int(ids.max()) + 1
         for wrong in ids[(ids < 0) | (ids >= vocab)][:1].tolist():
             raise InputError(f"ids holds {wrong}, outside the vocabulary 0..{vocab - 1}: give ids inside it.")
         ids = ids.long()
@@ -264,6 +266,7 @@ class BigramTask:
         return draws_of(self.unigram, self.pairs, self.weights, self._pool)
 
 
+@door
 def bigram(
     text: str | None = None,
     *,

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 
 
+@door
 def repeated_tokens(
     vocab: int,
     length: int = 50,
@@ -71,16 +72,16 @@ def _candidates(vocab: int, ids: object) -> Int[Tensor, "candidate"]:
             )
         return torch.arange(*ids)
     try:
-        found = torch.as_tensor(ids, device="cpu")
+        listed = torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"ids is of type {type(ids).__name__}: give a range (low, high) or a list of ids.") from None
-    if found.dim() != 1 or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+    if listed.dim() != 1 or listed.is_floating_point() or listed.is_complex() or listed.dtype == torch.bool:
         raise InputError(
-            f"ids has {found.dim()} dimensions of {found.dtype}: give one dimension of whole numbers, or (low, high)."
+            f"ids has {listed.dim()} dimensions of {listed.dtype}: give one dimension of whole numbers, or (low, high)."
         )
-    if len(found) and (found.min() < 0 or found.max() >= vocab):
+    if len(listed) and (listed.min() < 0 or listed.max() >= vocab):
         raise InputError(
-            f"ids reach from {int(found.min())} to {int(found.max())}, "
+            f"ids reach from {int(listed.min())} to {int(listed.max())}, "
             f"outside the vocabulary 0..{vocab - 1}: give ids inside it."
         )
-    return found.long().unique()
+    return listed.long().unique()

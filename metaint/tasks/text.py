@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 
 _CHUNK = 20_000
 """Characters handed to a tokenizer at once where it would cut longer texts at the model's context length."""
 
 
+@door
 def text_windows(
     model: Any,
     text: str,
@@ -64,6 +65,7 @@ def text_windows(
     return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
 
 
+@door
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file.
 
@@ -88,6 +90,33 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise InputError(f"path is {str(path)!r}, which holds no text: give a file that is not empty.")
     return text
+
+
+@door
+def alike_tokens(model: Any) -> Int[Tensor, " vocabulary"]:
+    """A class for each token id: ids whose texts differ in case and in spaces around them share the lowest of them.
+
+    `model` has a `tokenizer` with `batch_decode`. For `metaint.measures.matches.prefix_match_of`. Raises InputError
+    for a model without one.
+
+    >>> import metaint
+    >>> from metaint.tasks import alike_tokens
+    >>> class Words:
+    ...     def batch_decode(self, ids): return [["The", " the", "", " a"][i] for i, in ids]
+    >>> class Model:
+    ...     tokenizer, cfg = Words(), type("Config", (), {"d_vocab": 4})
+    >>> alike_tokens(Model()).tolist()
+    [0, 0, 2, 3]
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError("model has no tokenizer, which says what tokens are alike: open it with one.")
+    lowest: dict[str, int] = {}
+    classes = []
+    for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(int(model.cfg.d_vocab))])):
+        word = text.strip().lower()
+        classes.append(lowest.setdefault(word, i) if word else i)
+    return torch.tensor(classes)
 
 
 def python_prose() -> str:

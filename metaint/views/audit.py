@@ -15,7 +15,8 @@ def print_audit(console: Console, checks: pd.DataFrame, name: str) -> None:
     """What `metaint.audit` found, one line a check."""
     table = plain_table(f"Hook audit of {name}")
     for column in ("check", "status", "difference", "where", "note"):
-        table.add_column(column, justify="right" if column == "difference" else "left", overflow="fold")
+        table.add_column(column, overflow="fold")
+    table.columns[2].justify = "right"
     for row in checks.to_dict("records"):
         size = "" if math.isnan(row["difference"]) else f"{row['difference']:.1e}"
         status = f"[{_COLOURS[row['status']]}]{row['status']}[/]"

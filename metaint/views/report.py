@@ -13,7 +13,7 @@ from typing import Any
 import xarray as xr
 from plotly import graph_objects as go
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.scans.labels import label_heads
 from metaint.scans.whole import write_text
 from metaint.views.drawing.page import document, figure_html
@@ -37,6 +37,7 @@ _COLUMNS = {
 }  # fmt: skip
 
 
+@door
 def report(scan: xr.DataTree, path: str | Path, views: Mapping[str, View] | None = None) -> Path:
     """Write what a scan holds to one HTML file that needs no network, and return its path.
 

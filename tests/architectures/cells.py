@@ -213,7 +213,7 @@ def ablation(subject: Subject) -> Iterator[tuple[Any, Any]]:
     """What one head's silence does to the loss, for a head of the first and the last layer that attend."""
     tokens, places = subject.tokens, subject.places
     names, metric = [f"{layer}.{head}" for layer, head in places], "next_token_loss" if subject.causal else _loss
-    effects = metaint.ablate(subject.model, tokens, names, how="zero", metric=metric)
+    effects = metaint.ablate(subject.model, tokens, names, how="zero", metric=metric, random=0)
     runs = [subject.clean, *(subject.run(silent=place) for place in places)]
     clean, *changed = (_loss(run.logits, tokens) for run in runs)
     yield effects.clean, float(clean.mean())

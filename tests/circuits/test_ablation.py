@@ -9,8 +9,11 @@ import xarray as xr
 
 import metaint
 from metaint.circuits.ablation import ablate
+from metaint.circuits.beside import heads_beside, sets_beside
 from metaint.circuits.experiment import cycle
 from metaint.circuits.metrics import in_context_loss, next_token_loss
+from metaint.circuits.parts import named_sets, part_name
+from metaint.circuits.subject import subject_of
 from metaint.errors import HookAuditError, InputError
 from metaint.models.describe import sublayers_of
 from metaint.tasks import repeated_tokens
@@ -240,7 +243,7 @@ def test_intervals_are_over_sequences(gpt2):
     expected, clean = loop(gpt2, TOKENS, in_context_loss, lambda i, j: 0.0, every(gpt2))
     draws = np.random.default_rng(0).multinomial(5, np.full(5, 0.2), size=1000)
     means = draws @ expected.double().numpy().T / 5
-    found = ablate(gpt2, TOKENS)
+    found = ablate(gpt2, TOKENS, how="zero")
     for name, level in (("effect_low", 0.025), ("effect_high", 0.975)):
         np.testing.assert_allclose(found[name].values.ravel(), np.quantile(means, level, axis=0), atol=1e-5)
     cleans = draws @ clean.double().numpy() / 5
@@ -253,9 +256,79 @@ def test_intervals_are_over_sequences(gpt2):
 def test_sequences_without_a_place_do_not_count(gpt2):
     """A sequence in which nothing repeats adds nothing to the mean over the others."""
     other = torch.arange(10, 26)[None]
-    found = ablate(gpt2, torch.cat([TOKENS, other]))
-    np.testing.assert_allclose(found["effect"], ablate(gpt2, TOKENS)["effect"], atol=1e-5)
+    found = ablate(gpt2, torch.cat([TOKENS, other]), how="zero")
+    np.testing.assert_allclose(found["effect"], ablate(gpt2, TOKENS, how="zero")["effect"], atol=1e-5)
     assert found.attrs["positions"] == ablate(gpt2, TOKENS).attrs["positions"] == 5 * 7
+
+
+# ---- beside random heads of the same layers ----------------------------------------------------------------------
+
+
+def test_mean_is_what_stands_in_by_default(gpt2):
+    found = ablate(gpt2, TOKENS)
+    assert found.attrs["how"] == "mean"
+    xr.testing.assert_identical(found, ablate(gpt2, TOKENS, how="mean"))
+
+
+def test_every_head_stands_beside_all_others_of_its_layer(gpt2):
+    found = ablate(gpt2, TOKENS, random=2)
+    effects = found["effect"].values
+    for layer, head in np.ndindex(*effects.shape):
+        others = np.delete(effects[layer], head)
+        assert float(found["effect_same_layer_mean"][layer, head]) == pytest.approx(others.mean(), abs=1e-9)
+        assert float(found["effect_same_layer_std"][layer, head]) == pytest.approx(others.std(ddof=1), abs=1e-9)
+    assert found["effect_same_layer_mean"].attrs["description"] == "mean of the effects of other heads of the layer"
+
+
+def test_few_heads_stand_beside_draws_of_their_layer(gpt2):
+    """The same whatever else is asked for; all others where that many are asked for, and nothing for `random=0`."""
+    every = ablate(gpt2, TOKENS)["effect"].values
+    shape = subject_of(gpt2).shape
+    found = ablate(gpt2, TOKENS, ["0.1", "1.2", "mlp 0"], random=2, seed=3)
+    for head, others in heads_beside(shape, [(0, 1), (1, 2)], 2, 3).items():
+        assert len(set(others)) == 2
+        assert all(layer == head[0] and number != head[1] for layer, number in others)
+        values = [every[other] for other in others]
+        assert float(found["effect_same_layer_mean"][head]) == pytest.approx(np.mean(values), abs=1e-6)
+        assert float(found["effect_same_layer_std"][head]) == pytest.approx(np.std(values, ddof=1), abs=1e-6)
+    assert int(found["effect_same_layer_mean"].notnull().sum()) == 2
+    many = ablate(gpt2, TOKENS, ["0.1"], random=20)
+    assert float(many["effect_same_layer_mean"][0, 1]) == pytest.approx(np.delete(every[0], 1).mean(), abs=1e-6)
+    one = ablate(gpt2, TOKENS, ["0.1"], random=1)
+    assert one["effect_same_layer_mean"].notnull().sum() == 1
+    assert one["effect_same_layer_std"].isnull().all()
+    assert ablate(gpt2, TOKENS, random=0)["effect_same_layer_mean"].isnull().all()
+
+
+def test_sets_stand_beside_draws_with_as_many_heads_in_each_layer(gpt2):
+    sets = {"few": ["0.1", "0.3", "1.0", "mlp 1"], "most": ["0.0", "0.1", "0.2"], "MLPs": "mlps", "layer": ["attn 1"]}
+    found = ablate(gpt2, TOKENS, sets=sets, random=5, seed=2)
+    shape = subject_of(gpt2).shape
+    named = named_sets(shape, sets)
+    draws = sets_beside(shape, named, 5, 2)
+    assert set(draws["MLPs"]) == set(draws["layer"]) == {None}
+    for draw in draws["few"]:
+        assert draw == {(0, 0), (0, 2), *(draw - {(0, 0), (0, 2), (1, None)}), (1, None)}
+        assert [layer for layer, head in draw if head is not None].count(1) == 1
+        assert (1, 0) not in draw
+    assert all((0, 3) in draw and len(draw) == 3 for draw in draws["most"])
+    for name in ("few", "most"):
+        again = {str(i): [part_name(part) for part in draw] for i, draw in enumerate(draws[name])}
+        expected = ablate(gpt2, TOKENS, sets=again, random=0)["set_effect"]
+        values = found["set_effect_same_layer"].sel(set=name)
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+        assert float(found["set_effect_same_layer_mean"].sel(set=name)) == pytest.approx(float(values.mean()))
+        assert float(found["set_effect_same_layer_std"].sel(set=name)) == pytest.approx(float(values.std(ddof=1)))
+    nothing = found.sel(set=["MLPs", "layer"])
+    assert nothing["set_effect_same_layer"].isnull().all()
+    assert nothing["set_effect_same_layer_mean"].isnull().all()
+    assert nothing["set_effect"].notnull().all()
+
+
+def test_a_model_of_one_head_a_layer_has_none_beside():
+    found = ablate(written_model(), metric="induction_accuracy", sets=[["1.0"]])
+    assert found["effect_same_layer_mean"].isnull().all()
+    assert found["set_effect_same_layer"].isnull().all()
 
 
 # ---- a known circuit ---------------------------------------------------------------------------------------------
@@ -311,13 +384,13 @@ def test_hooks_of_the_owner_stay_and_count(gpt2):
     with gpt2.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", edit)]):
         point = gpt2.hook_dict["blocks.1.hook_resid_pre"]
         before = list(point._forward_hooks)
-        found = ablate(gpt2, TOKENS)
+        found = ablate(gpt2, TOKENS, how="zero")
         assert list(point._forward_hooks) == before
         expected, _ = loop(gpt2, TOKENS, in_context_loss, lambda i, j: 0.0, every(gpt2))
     assert set(seen) == {5}
     assert found.attrs["passes"].startswith("whole (hooks are on the model")
     np.testing.assert_allclose(found["effect"].values.ravel(), expected.mean(1), atol=1e-5)
-    assert float(abs(found["effect"] - ablate(gpt2, TOKENS)["effect"]).max()) > 1e-3
+    assert float(abs(found["effect"] - ablate(gpt2, TOKENS, how="zero")["effect"]).max()) > 1e-3
 
 
 def test_no_trace_is_left(gpt2):
@@ -379,6 +452,8 @@ def test_bert_is_refused_in_a_sentence():
             "kind, or None for every head.",
         ),
         ({"sets": {"none": []}}, 'sets has [] for \'none\': give each as a list of names such as ["0.1", "mlp 5"].'),
+        ({"random": -1}, "random is -1: give how many random heads or sets stand beside each, 0 or more."),
+        ({"random": True}, "random is True: give how many random heads or sets stand beside each, 0 or more."),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1."),
         (
             {"tokens": TOKENS[:1], "how": "resample"},

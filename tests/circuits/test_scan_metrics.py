@@ -109,7 +109,8 @@ def test_effects_are_those_of_a_scan_with_plain_hooks(kind, positions, variable)
     if sublayers_of(model) != "attention":
         hooks |= {"mlp 0": ("blocks.0.hook_mlp_out", None), "mlp 1": ("blocks.1.hook_mlp_out", None)}
     metric = scan_metric(variable, layers=[0, 1])
-    found = ablate(model, SHORT, list(hooks), metric=metric, positions=positions, sets={"two": ["0.1", "attn 1"]})
+    sets = {"two": ["0.1", "attn 1"]}
+    found = ablate(model, SHORT, list(hooks), "zero", metric, positions=positions, sets=sets, random=1)
     clean = scanned(model, SHORT, measure)[:2].mean()
     for part, (name, head) in hooks.items():
         on = [(name, partial(edit, head=head, positions=slice(None) if positions is None else positions))]
@@ -180,7 +181,7 @@ def test_a_circuit_is_checked_by_a_scans_variable():
     metric = scan_metric("entropy", layers=[1])
     heads = [f"{i}.{j}" for i in range(2) for j in range(4)]
     sets = {"all": heads, "others": [name for name in heads if name != "0.1"], "0.1": ["0.1"]}
-    found = ablate(LONG, TOKENS, sets=sets, metric=metric)["set_effect"]
+    found = ablate(LONG, TOKENS, None, "zero", metric, sets=sets)["set_effect"]
     checked = metaint.check_circuit(LONG, ["0.1"], TOKENS, "zero", metric, random=0)
     assert float(checked["faithfulness"]) == pytest.approx(float(1 - found[1] / found[0]), abs=1e-6)
     assert float(checked["completeness"]) == pytest.approx(float(found[2] / found[0]), abs=1e-6)
@@ -200,7 +201,7 @@ def test_no_logits_are_made_and_no_more_layers_than_are_read():
     ablate(model, TOKENS, ["2.0"], metric=metric)  # anew: these hooks are another state of the model
     ran.clear()
     made.clear()
-    found = ablate(model, TOKENS, ["2.0", "mlp 2", "3.1", "mlp 4"], metric=metric)
+    found = ablate(model, TOKENS, ["2.0", "mlp 2", "3.1", "mlp 4"], "zero", metric, random=0)
     assert ran == [*range(5), 2, 3, 2, 3]
     assert sum(made) == 0
     assert float(found["effect"].sel(layer=2, head=0)) != 0
@@ -210,7 +211,7 @@ def test_no_logits_are_made_and_no_more_layers_than_are_read():
 
 def test_hooks_of_the_owner_count():
     with LONG.hooks(fwd_hooks=[("blocks.0.attn.hook_z", partial(edit, head=0, value=1.5))]):
-        found = ablate(LONG, TOKENS, ["0.1"], metric=scan_metric("entropy"))
+        found = ablate(LONG, TOKENS, ["0.1"], "zero", scan_metric("entropy"))
         entropy = next(measure for measure in HEAD_MEASURES if measure.name == "entropy")
         assert float(found["clean"]) == pytest.approx(scanned(LONG, TOKENS, entropy).mean(), abs=1e-6)
         expected = scanned(LONG, TOKENS, entropy, hooks=[("blocks.0.attn.hook_z", partial(edit, head=1))]).mean()
@@ -327,11 +328,11 @@ def test_what_the_attention_sink_of_a_real_model_rests_on(smollm2):
 
     tokens = text_tokens(smollm2, metaint.tasks.python_prose(), length=48, windows=4)
     sink = scan_metric("first_token", layers=range(18, 30))
-    found = ablate(smollm2, tokens, ["mlp 10", "mlp 11", "mlp 12"], metric=sink, positions=[0])
+    found = ablate(smollm2, tokens, ["mlp 10", "mlp 11", "mlp 12"], "zero", sink, positions=[0])
     assert float(found["clean"]) > 0.5
     assert float(found["mlp_effect"].sel(layer=11)) < 0.15 - float(found["clean"])
     assert float(abs(found["mlp_effect"].sel(layer=[10, 12])).max()) < 0.1
-    elsewhere = ablate(smollm2, tokens, ["mlp 11"], metric=sink, positions=[5])
+    elsewhere = ablate(smollm2, tokens, ["mlp 11"], "zero", sink, positions=[5])
     assert abs(float(elsewhere["mlp_effect"].sel(layer=11))) < 0.01
-    loss = ablate(smollm2, tokens, ["mlp 11"], metric="next_token_loss", positions=[0])
+    loss = ablate(smollm2, tokens, ["mlp 11"], "zero", "next_token_loss", positions=[0])
     assert float(loss["mlp_effect"].sel(layer=11)) > 0.5

@@ -13,23 +13,14 @@ except ImportError:  # TransformerLens 2
     from transformer_lens.hook_points import HookedRootModule
 
 N_LAYERS, N_HEADS, D_MODEL, D_VOCAB = 2, 4, 16, 30
-FAULTS = (
-    "silent_pattern",
-    "silent_z",
-    "late_pattern",
-    "late_z",
-    "late_value",
-    "flat_pattern",
-    "leaky_mask",
-    "not_a_number",
-)
 
 
 class HandMade(HookedRootModule):
-    """Attention only, an RMSNorm at the end, no biases; `fault` is one of FAULTS, in the second layer alone.
+    """Attention only, an RMSNorm at the end, no biases; `fault` is in the second layer alone.
 
-    "silent_X" never calls the hook; "late_X" calls it with a copy, so that an edit does nothing; "flat_pattern"
-    has rows that sum to more than one; "leaky_mask" lets queries see later keys; "not_a_number" puts NaN in z.
+    "silent_X" never calls the hook X (pattern, z or value); "late_X" calls it with a copy, so that an edit does
+    nothing; "flat_pattern" has rows that sum to more than one; "leaky_mask" lets queries see later keys;
+    "not_a_number" puts NaN in z.
     """
 
     def __init__(self, fault: str = "") -> None:

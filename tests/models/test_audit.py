@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import metaint
 from metaint.errors import HookAuditError, InputError, ModelError
 from metaint.models.audit import CHECKS, audit, require
 from tests.builders import available_kinds, build
@@ -276,3 +277,50 @@ def test_the_edits_report_the_weakest_layer() -> None:
     assert row["where"] == "blocks.0.attn.hook_z"
     assert 0 < row["difference"] < 1
     assert not math.isnan(row["difference"])
+
+
+# ---- layers that write exactly 0 ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _silence(model: Any, what: str) -> Any:
+    """Layer 1 of a model written by hand, or as much of it as is named."""
+    if what == "the edited head":
+        model.W_O[1, 1] = 0
+    elif what == "values":
+        model.W_V[1] = 0
+    else:
+        model.W_O[:, :] *= torch.tensor([what != "all layers", 0.0])[:, None, None, None]
+    return model
+
+
+@pytest.mark.parametrize("what", ["the edited head", "values", "the layer", "all layers"])
+def test_a_layer_that_writes_nothing_is_no_broken_hook(what: str) -> None:
+    """As compiled programs have them: an edit that changes nothing is right where W_O is 0 or no value is weighed."""
+    table = audit(_silence(HandMade(), what)).set_index("check")
+    assert (table["status"].drop([*_NO_MLPS, *_NO_MASKS]) == "holds").all()
+    if what in ("the edited head", "values"):
+        assert table.loc["edit_z", "difference"] > 1e-3
+    if what == "the layer":
+        assert table.loc["edit_z", "where"] == "blocks.0.attn.hook_z"
+    if what == "all layers":
+        note = "No layer's attention writes anything, so that an edit at hook_z rightly changes nothing."
+        assert table.loc["edit_z", ["difference", "where", "note"]].tolist() == [0, "", note]
+
+
+@pytest.mark.parametrize("what", ["the edited head", "values"])
+def test_a_broken_hook_is_found_beside_what_writes_nothing(what: str) -> None:
+    table = audit(_silence(HandMade("late_z"), what)).set_index("check")
+    assert table.loc["edit_z", ["status", "where"]].tolist() == ["fails", "blocks.1.attn.hook_z"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in ("native-attn-only", "hooked-attn-only", "llama")])
+def test_a_dead_layer_of_a_real_kind_can_be_ablated(kind: str) -> None:
+    model = build(kind)
+    attention = model.blocks[1].attn
+    with torch.no_grad():
+        (attention.W_O if kind.startswith("hooked") else attention.o.weight).zero_()
+    assert not model.W_O[1].any()
+    effects = metaint.ablate(model, torch.arange(5, 15).repeat(3, 2))["effect"]
+    assert not effects.sel(layer=1).any()
+    assert float(abs(effects.sel(layer=0)).max()) > 0

@@ -27,9 +27,9 @@ def test_it_prints_differences_scores_and_labels(run, saved, monkeypatch):
     code, out, _ = run("compare", saved / "a.zarr", saved / "b.zarr", "--top", 3)
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
-    assert "…" not in out.replace(str(saved)[-20:], "")
+    assert "…" not in out.split("Largest")[1]
     for words in ("Largest differences", "paired by sequence, 6 of them", "rank", "b - a"):
-        assert words in out
+        assert words in " ".join(out.split())
     rows = [line for line in out.split("Largest")[1].split("interval: 95")[0].splitlines() if " to " in line]
     assert len(rows) == 3
 

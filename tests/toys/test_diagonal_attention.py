@@ -10,12 +10,9 @@ from torch import Tensor
 
 import metaint
 from metaint.errors import HookAuditError, InputError
-from metaint.toys.diagonal_attention import (
-    DiagonalAttention,
-    diagonal_attention,
-    orthogonal_minimum,
-    unitary_minimum,
-)
+from metaint.toys.diagonal_attention import DiagonalAttention, diagonal_attention, orthogonal_minimum, unitary_minimum
+from tests.toys.hooked import readings
+from tests.toys.vector_models import close
 
 D, HEADS, LENGTH = 4, 3, 8
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -51,10 +48,6 @@ def rotations(batch: int, d: int, length: int) -> Tensor:
     """Real sequences: coordinates 2k, 2k + 1 turn together on a circle of radius sqrt(2)."""
     angle = math.pi / 4 + phases(batch, d // 2)[:, None] * torch.arange(length)[:, None]
     return math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], -1).flatten(2)
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-10)
 
 
 def plain_prediction(model: DiagonalAttention, s: Tensor, last: int) -> Tensor:
@@ -153,17 +146,6 @@ def test_minima_are_laid_out_as_the_docstrings_say() -> None:
 
 
 # ---- hooks, audit and probes ------------------------------------------------------------------------------------
-
-
-def readings(model: DiagonalAttention, inputs: Tensor) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        assert hook.name not in found
-        found[hook.name] = activation.detach()
-
-    model.run_with_hooks(inputs, fwd_hooks=[(name, keep) for name in model.hook_dict])
-    return found
 
 
 def test_hooks_carry_what_their_names_say() -> None:

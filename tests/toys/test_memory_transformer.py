@@ -16,6 +16,7 @@ from metaint.models.inputs import watching
 from metaint.models.parameters import own_parameters, place_of
 from metaint.toys import memory_blocks as module
 from metaint.toys.memory_transformer import memory_transformer
+from tests.toys.hooked import readings, unreadable
 
 SIZES: dict[str, Any] = {"d_vocab": 30, "n_ctx": 24, "d_model": 16}
 TOKENS = torch.randint(30, (3, 12), generator=torch.Generator().manual_seed(5))
@@ -54,19 +55,6 @@ def heard(activation: Tensor, hook: Any) -> None:
 
 def listening(model: Any) -> Any:
     return model.hooks(fwd_hooks=[(f"blocks.{i}.attn.hook_pattern", heard) for i in range(model.cfg.n_layers)])
-
-
-def readings(model: Any, tokens: Tensor = TOKENS, **inputs: Any) -> dict[str, Tensor]:
-    """What each hook carried in one forward pass."""
-    found: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        assert hook.name not in found
-        found[hook.name] = activation.detach()
-
-    with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=[(name, keep) for name in model.hook_dict], **inputs)
-    return found
 
 
 # ---- the reference's formulas, in its own orientation -------------------------------------------------------------
@@ -210,7 +198,7 @@ def test_a_backward_hook_gets_the_gradient_of_the_pattern() -> None:
 @every_switch
 def test_every_hook_fires_once(switch: str) -> None:
     model = memory(switch)
-    found = readings(model)
+    found = readings(model, TOKENS)
     assert set(found) == set(model.hook_dict)
     assert found["blocks.0.attn.hook_q"].shape == (3, 12, 1, 16)
     assert found["blocks.0.attn.hook_pattern"].shape == (3, 1, 12, 12)
@@ -225,7 +213,7 @@ def test_every_hook_fires_once(switch: str) -> None:
 def test_an_edit_where_there_is_no_feed_forward_is_added() -> None:
     model = memory("linear")
     with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda x, hook: x + 1)]):
-        found = readings(model)
+        found = readings(model, TOKENS)
     difference = found["blocks.0.hook_resid_post"] - found["blocks.0.hook_resid_mid"]
     torch.testing.assert_close(difference, torch.ones_like(difference))
 
@@ -446,17 +434,7 @@ def test_what_cannot_be_built_is_said(settings: dict[str, Any], sentence: str) -
     assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize(
-    ("tokens", "inputs"),
-    [
-        (TOKENS[0], {}),
-        (TOKENS[:, :0], {}),
-        (TOKENS.repeat(1, 3), {}),
-        (TOKENS[:, :1], {"return_type": "loss"}),
-        (TOKENS, {"return_type": "both"}),
-        (TOKENS, {"attention_mask": torch.ones(12)}),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "inputs"), unreadable(TOKENS))
 def test_what_cannot_be_read_is_said(tokens: Tensor, inputs: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         memory()(tokens, **inputs)

@@ -16,6 +16,7 @@ from metaint.models.audit import CHECKS
 from metaint.models.describe import shape_of
 from metaint.models.parameters import own_parameters, place_of
 from metaint.toys.small import SmallTransformer, small_transformer
+from tests.toys.hooked import readings, unreadable
 
 SIZES: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "d_model": 16, "d_mlp": 24, "d_vocab": 40, "n_ctx": 32}
 PLACEMENTS = ("pre", "output", "post")
@@ -30,19 +31,6 @@ def small(norm: Any, **settings: Any) -> SmallTransformer:
         noise = 0.25 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data = (noise + (place_of(name).kind == "norm" and name.endswith(".w"))).to(parameter.dtype)
     return model
-
-
-def readings(model: SmallTransformer, tokens: Tensor = TOKENS, **inputs: Any) -> dict[str, Tensor]:
-    """What each hook carried in one forward pass, in the order of firing."""
-    found: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        assert hook.name not in found
-        found[hook.name] = activation.detach()
-
-    with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=[(name, keep) for name in model.hook_dict], **inputs)
-    return found
 
 
 # ---- the same model, written out plainly ------------------------------------------------------------------------
@@ -130,7 +118,7 @@ def test_a_final_norm_comes_with_pre_and_output_by_default() -> None:
 @pytest.mark.parametrize("norm", PLACEMENTS)
 def test_every_hook_fires_once_with_what_its_name_says(norm: str, gated: bool) -> None:
     model = small(norm, gated=gated)
-    found = readings(model)
+    found = readings(model, TOKENS)
     assert set(found) == set(model.hook_dict)
     assert found["blocks.1.attn.hook_q"].shape == (3, 12, 4, 4)
     assert found["blocks.1.attn.hook_pattern"].shape == (3, 4, 12, 12)
@@ -147,7 +135,7 @@ def test_every_hook_fires_once_with_what_its_name_says(norm: str, gated: bool) -
 def test_parallel_sublayers_read_the_stream_before_the_block() -> None:
     model = small("pre", parallel=True)
     assert shape_of(model).sublayers == "parallel"
-    found = readings(model)
+    found = readings(model, TOKENS)
     assert set(found) == set(model.hook_dict)
     assert not any(name.endswith("hook_resid_mid") for name in found)
     before = found["blocks.1.hook_resid_pre"]
@@ -261,7 +249,7 @@ def scaled_readings(model: SmallTransformer, c: float) -> dict[str, Tensor]:
     large = copy.deepcopy(model)
     for parameter in large.parameters():
         parameter.data *= c
-    return readings(large)
+    return readings(large, TOKENS)
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
@@ -282,9 +270,9 @@ def test_activations_grow_with_all_parameters_by_their_degree(norm: str, gated: 
 @pytest.mark.parametrize("norm", PLACEMENTS)
 def test_with_queries_and_keys_alone_scores_grow_by_their_square(norm: str) -> None:
     model = small(norm)
-    before = readings(model)
+    before = readings(model, TOKENS)
     with metaint.scaled(model, 8.0, "attention"):
-        after = readings(model)
+        after = readings(model, TOKENS)
     name = "blocks.0.attn.hook_attn_scores"
     torch.testing.assert_close(after[name], 64 * before[name])
 
@@ -403,17 +391,7 @@ def test_what_cannot_be_built_is_said(settings: dict[str, Any], sentence: str) -
     assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize(
-    ("tokens", "inputs"),
-    [
-        (TOKENS[0], {}),
-        (TOKENS[:, :0], {}),
-        (TOKENS.repeat(1, 3), {}),
-        (TOKENS[:, :1], {"return_type": "loss"}),
-        (TOKENS, {"return_type": "both"}),
-        (TOKENS, {"attention_mask": torch.ones(12)}),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "inputs"), unreadable(TOKENS))
 def test_what_cannot_be_read_is_said(tokens: Tensor, inputs: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         small("pre")(tokens, **inputs)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from metaint.errors import InputError
 from metaint.tasks import BigramTask
 from metaint.toys.memory_transformer import write_induction_head
-from tests.toys.test_memory_transformer import memory, readings
+from tests.toys.hooked import readings
+from tests.toys.test_memory_transformer import memory
 
 
 @pytest.mark.parametrize("switch", ["plain", "sinusoidal", "unscaled scores", "tied"])

@@ -17,17 +17,7 @@ from plotly.subplots import make_subplots
 from metaint.errors import InputError
 from metaint.labs.autoregression.figures import subtitled
 from metaint.measures.closed_forms import augmented_optimum, diagonal_minimum
-from metaint.views.drawing.panels import (
-    BLUE,
-    COLOURS,
-    GREY,
-    ORANGE,
-    SKY,
-    VERMILION,
-    finish,
-    panels,
-    wrapped,
-)
+from metaint.views.drawing.panels import BLUE, COLOURS, GREY, ORANGE, SKY, VERMILION, finish, panels, wrapped
 
 _PREDICTED = "dash"
 
@@ -66,10 +56,11 @@ def plot_steps(details: pd.DataFrame) -> go.Figure:
     optima = [augmented_optimum(int(T), d) for T in contexts]
     curves = (np.array([best.eta for best in optima]), np.array([best.loss for best in optima]))
     names = (f"1 / (T + {d - 2})" if d != 2 else "1 / T", f"{d - 1} / (T + {d - 2})")
-    for row, (curve, name) in enumerate(zip(curves, names, strict=True), 1):
+    legends = ("legend", "legend2")
+    for row, (curve, name, legend) in enumerate(zip(curves, names, legends, strict=True), 1):
         line = {"color": GREY, "dash": _PREDICTED, "width": 2}
         own = go.Scatter(x=contexts, y=curve, mode="lines", line=line, name=f"predicted, {name}", hoverinfo="skip")
-        figure.add_trace(own.update(legend="legend" if row == 1 else "legend2"), row=row, col=1)
+        figure.add_trace(own.update(legend=legend), row=row, col=1)
     kinds = (
         ("diagonal", BLUE, "circle", 10), ("signed", SKY, "x", 10), ("blocks", ORANGE, "square-open", 12),
         ("free", VERMILION, "diamond", 8),

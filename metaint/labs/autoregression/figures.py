@@ -13,16 +13,7 @@ import xarray as xr
 from plotly import graph_objects as go
 
 from metaint.errors import InputError
-from metaint.views.drawing.panels import (
-    BLUE,
-    COLOURS,
-    Line,
-    draw,
-    finish,
-    panels,
-    symbol,
-    wrapped,
-)
+from metaint.views.drawing.panels import BLUE, COLOURS, Line, draw, finish, panels, symbol, wrapped
 
 Recordings = Mapping[str, xr.DataTree]
 
@@ -77,7 +68,8 @@ def plot_agreement(recordings: Recordings) -> go.Figure:
     for row, reference in enumerate(words, 1):
         named = {name: _cosines(tree, reference) for name, tree in checked.items()}
         draw(figure, row, named, [Line("cosine", "cosine", BLUE)], explain=row == 1)
-        figure.update_yaxes(matches="y" if row > 1 else None, row=row, col=1)
+        if row > 1:
+            figure.update_yaxes(matches="y", row=row, col=1)
     caption = (
         "How to read: mean cosine, at the longest context, of the matrix that takes the last vector to the prediction "
         "with the matrices that one gradient step and least squares (which is W, from T = d + 1 on) find from the same "

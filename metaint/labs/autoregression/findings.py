@@ -73,7 +73,8 @@ def print_findings(console: Console, setting: str, table: pd.DataFrame, details:
     for row in over_seeds(table).to_dict("records"):
         spread = [f"{four(row['low'])}–{four(row['high'])}"] * several
         cells = (four(row["measured"]), *spread, four(row["predicted"]), _difference(row["measured"], row["predicted"]))
-        shown.add_row("" if row["run"] == before else str(row["run"]), str(row["quantity"]), *cells)
+        run = "" if row["run"] == before else str(row["run"])
+        shown.add_row(run, str(row["quantity"]), *cells)
         before = row["run"]
     console.print(shown)
     failed: Any = details[details["failed"].notna()] if "failed" in details else details.iloc[:0]
@@ -111,7 +112,9 @@ def four(value: float) -> str:
     """Four decimals below 10, fewer above, a dash for what is not a number."""
     if math.isnan(value):
         return "–"
-    return f"{value + 0.0:.4f}" if abs(value) < 10 else f"{value:.0f}" if value == round(value) else f"{value:.2f}"
+    if abs(value) < 10:
+        return f"{value + 0.0:.4f}"
+    return f"{value:.0f}" if value == round(value) else f"{value:.2f}"
 
 
 def _difference(measured: float, predicted: float) -> str:
@@ -156,9 +159,7 @@ def _print_details(console: Console, setting: str, details: pd.DataFrame) -> Non
 def _print_predictors(console: Console, row: dict[str, Any]) -> None:
     """What predictors lose on the recorded sequences, beside the numbers of `HAAR_REFERENCES` where they apply."""
     known = HAAR_REFERENCES if (row["d"], row["length"]) == (5, 50) else {}
-    shown = plain_table("Predictors on the same sequences")
-    for name in ("predictor", "measured", "authors' task"):
-        shown.add_column(name, justify="left" if name == "predictor" else "right")
+    shown = plain_table("Predictors on the same sequences", ("predictor",), ("measured", "authors' task"))
     for name in (*HAAR_REFERENCES, "unit_step"):
         word = "one step, to the best length" if name == "unit_step" else name.replace("_", " ")
         shown.add_row(word, four(row[f"loss_{name}"]), four(known.get(name, math.nan)))

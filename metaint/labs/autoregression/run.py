@@ -153,7 +153,8 @@ class _Run:
         groups = {"training": xr.Dataset(scalars)}
         if s.setting == "icl-regression":
             return {**groups, "recurrence": regression_scan(s, model)}
-        sample: Any = draw(s, _READ, held_out(s), max(s.length, s.d + 1) + 1 if s.setting == "augmented" else None)
+        length = max(s.length, s.d + 1) + 1 if s.setting == "augmented" else None
+        sample: Any = draw(s, _READ, held_out(s), length)
         options: dict[str, Any] = {"positions": s.positions(), "steps": DESCENTS, "batch_size": _READ}
         groups["recurrence"] = recur(model, *sample, **options)["recurrence"].to_dataset()
         return {**groups, "structure": structure(model)} if isinstance(model, DiagonalAttention) else groups

@@ -180,7 +180,7 @@ def _varied(
 
 def _staircase(setting: str, size: str, d: int) -> list[int]:
     """Numbers of heads up to what a loss of 0 takes, and beyond: 8 of d = 10 as in `orthogonal.py`."""
-    enough = max(1, d if setting == "unitary" else d // 2)
+    enough = max(1, d) if setting == "unitary" else max(1, d // 2)
     more = {"unitary": {d + 2}, "orthogonal": {enough + 1, 4 * d // 5}}[setting]
     if size != "quick":
         return sorted({*range(1, enough + 1), *more})

@@ -59,10 +59,12 @@ def study(out: str | Path, settings: Sequence[Settings], *, jobs: int = 0, progr
     check_study(out, settings, jobs)
     most = len({s.seed for s in settings}) if settings[0].setting in _SHORT else len(settings)
     jobs = min(jobs, len(settings)) or min(cores, most)
-    longest_first = sorted(settings, key=lambda s: -s.steps * s.layers * s.length)
+    ordered = list(settings)
+    if jobs > 1:  # the longest first
+        ordered.sort(key=lambda s: -s.steps * s.layers * s.length)
     options: Any = {"jobs": jobs, "threads": 1, "number": "loss", "progress": progress}
     with _one_thread():  # which is fastest for models as small as these, and gives the same numbers everywhere
-        failed = train_all(train_run, out, longest_first if jobs > 1 else settings, **options)
+        failed = train_all(train_run, out, ordered, **options)
         return _compared(out, {s.name: s for s in settings}, failed)
 
 
@@ -101,29 +103,32 @@ def run(
     from metaint.views.drawing.page import write_page
 
     out, setting, cores = Path(out), settings[0].setting, os.cpu_count() or 1
-    told = f"{len(settings)} run{'s' * (len(settings) > 1)} of up to {max(s.steps for s in settings)} steps"
-    told += f", on {cores} core{'s' * (cores > 1)}; finished ones are taken as they are"
-    console.print(f"{setting}: {told}", style="dim", markup=False)
-    found = study(out, settings, jobs=jobs, progress=progress)
-    print_findings(console, setting, found.table, found.details)
-    write_page(autoregression_figures(found), out / "figures.html", f"Autoregression in context: {setting}")
-    write_text(out / "comparison.csv", found.table.to_csv(index=False))
-    write_text(out / "runs.csv", found.details.to_csv(index=False))
+    console.print(
+        f"{setting}: {len(settings)} run{'s' * (len(settings) > 1)} of up to {max(s.steps for s in settings)} steps, "
+        f"on {cores} core{'s' * (cores > 1)}; finished ones are taken as they are",
+        style="dim",
+        markup=False,
+    )
+    findings = study(out, settings, jobs=jobs, progress=progress)
+    print_findings(console, setting, findings.table, findings.details)
+    write_page(autoregression_figures(findings), out / "figures.html", f"Autoregression in context: {setting}")
+    write_text(out / "comparison.csv", findings.table.to_csv(index=False))
+    write_text(out / "runs.csv", findings.details.to_csv(index=False))
     console.print(f"figures, tables and recordings are in {out}", markup=False)
-    console.print(last_line(setting, found.table), markup=False, soft_wrap=True)
-    return found
+    console.print(last_line(setting, findings.table), markup=False, soft_wrap=True)
+    return findings
 
 
-def autoregression_figures(found: Findings) -> dict[str, Any]:
+def autoregression_figures(findings: Findings) -> dict[str, Any]:
     """The figures of a study by name; of single models, those of its first seed."""
     from metaint.labs.autoregression import comparison_figures as compared, figures as views
 
-    setting = next(iter(found.settings.values())).setting
-    seeds = {s.seed for s in found.settings.values()}
-    names = {name: label(s) + f", seed {s.seed}" * (len(seeds) > 1) for name, s in found.settings.items()}
-    recordings = {names[name]: tree for name, tree in found.recordings.items()}
-    details: Any = found.details[found.details["run"].isin(list(names))]
-    key: Any = found.table[found.table["key"] & found.table["quantity"].str.startswith("loss")]
+    setting = next(iter(findings.settings.values())).setting
+    seeds = {s.seed for s in findings.settings.values()}
+    names = {name: label(s) + f", seed {s.seed}" * (len(seeds) > 1) for name, s in findings.settings.items()}
+    recordings = {names[name]: tree for name, tree in findings.recordings.items()}
+    details: Any = findings.details[findings.details["run"].isin(list(names))]
+    key: Any = findings.table[findings.table["key"] & findings.table["quantity"].str.startswith("loss")]
     optima = {label: row["predicted"] for label, row in zip(_labels(key, seeds), key.to_dict("records"), strict=True)}
     figures = {"training": views.plot_losses(recordings, optima)}
     if setting == "augmented":
@@ -131,18 +136,16 @@ def autoregression_figures(found: Findings) -> dict[str, Any]:
     if setting in ("unitary", "orthogonal"):
         figures["heads"] = compared.plot_staircase(details)
     if setting == "positional":
-        rows = {
-            names[n]: _last_rows(s, found.models[n], steps_of(found.recordings[n])) for n, s in found.settings.items()
-        }
+        steps = {name: steps_of(tree) for name, tree in findings.recordings.items()}
+        rows = {names[n]: _last_rows(s, findings.models[n], steps[n]) for n, s in findings.settings.items()}
         figures["rows"] = compared.plot_rows(rows)
     if setting in ("haar", "icl-regression"):
         descents = {k: float(details[f"loss_gradient_steps_{k}"].iloc[0]) for k in DESCENTS}
         figures["depth"] = compared.plot_depth(details, descents)
     if setting in ("augmented", "haar"):
         figures["positions"] = views.plot_positions(recordings)
-    figures |= {
-        name: compared.plot_maps(**arguments) for name, arguments in _maps_of(found.settings, found.models).items()
-    }
+    maps = _maps_of(findings.settings, findings.models)
+    figures |= {name: compared.plot_maps(**arguments) for name, arguments in maps.items()}
     if setting in ("augmented", "haar", "icl-regression"):
         figures["agreement"] = views.plot_agreement(recordings)
     return figures

@@ -93,8 +93,8 @@ def positional_descent(s: Settings, steps: int) -> tuple[Float[Tensor, "T-1 T"],
     return rows, torch.stack(losses).mean().item()
 
 
-def _phases(s: Settings, count: int, seed: int | None = None) -> Float[Tensor, " sequence"]:
-    generator = torch.Generator().manual_seed(s.seed if seed is None else seed)
+def _phases(s: Settings, count: int, seed: int) -> Float[Tensor, " sequence"]:
+    generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, generator=generator, dtype=torch.float64) * (2 * math.pi / s.mu)
 
 
@@ -102,7 +102,7 @@ def _phases(s: Settings, count: int, seed: int | None = None) -> Float[Tensor, "
 def _gram(s: Settings) -> Float[Tensor, "T T"]:
     """Of the sequences that "positional" is trained on."""
     lags = torch.arange(s.length)
-    means = (2 * lags[:, None] * _phases(s, s.batch)).cos().mean(1).float()
+    means = (2 * lags[:, None] * _phases(s, s.batch, s.seed)).cos().mean(1).float()
     return means[(lags[:, None] - lags).abs()]
 
 
@@ -163,7 +163,8 @@ def draw(
         return regression(s.d, s.length, count, seed=seed)
     length = length or s.length + 1
     if s.setting == "positional":
-        phases = _phases(s, count, seed if isinstance(seed, int) else None)
+        own = seed if isinstance(seed, int) else s.seed
+        phases = _phases(s, count, own)
         vectors = torch.polar(torch.ones(count, length), (phases[:, None] * torch.arange(length)).float())
         return AutoregressiveSample(vectors[..., None], vectors[:, 1, None, None])
     kind: Any = "unitary" if s.setting == "augmented" else s.setting

@@ -105,17 +105,21 @@ def _print(console: Console, title: str, frame: pd.DataFrame, columns: dict[str,
     table.add_column("run", overflow="fold")
     shown = {name: word for name, word in columns.items() if name in frame and bool(frame[name].notna().any())}
     for name, word in shown.items():
-        table.add_column(word, justify="left" if name == "memory" else "right")
+        justify = "left" if name == "memory" else "right"
+        table.add_column(word, justify=justify)
     last = ""
     for row in frame.to_dict("records"):
-        table.add_row(row["run"] if row["run"] != last else "", *(_cell(name, row[name]) for name in shown))
+        run = "" if row["run"] == last else row["run"]
+        table.add_row(run, *(_cell(name, row[name]) for name in shown))
         last = row["run"]
     console.print(table)
 
 
 def _cell(name: str, value: Any) -> str:
-    if isinstance(value, str) or math.isnan(value):
-        return value if isinstance(value, str) else "–"
+    if isinstance(value, str):
+        return value
+    if math.isnan(value):
+        return "–"
     return f"{value:.0f}" if name in ("done_accuracy", "half") else number(value)
 
 

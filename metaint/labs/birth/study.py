@@ -119,36 +119,36 @@ def run(
         style="dim",
         markup=False,
     )
-    found = study(out, settings, text, jobs=jobs, progress=progress)
-    print_findings(console, found.summary)
-    write_page(birth_figures(out, found, text), out / "figures.html", "Birth of an induction head")
-    write_text(out / "summary.csv", found.summary.to_csv(index=False))
+    findings = study(out, settings, text, jobs=jobs, progress=progress)
+    print_findings(console, findings.summary)
+    write_page(birth_figures(out, findings, text), out / "figures.html", "Birth of an induction head")
+    write_text(out / "summary.csv", findings.summary.to_csv(index=False))
     console.print(f"figures, tables and recordings are in {out}", markup=False)
-    for row in found.summary.to_dict("records"):
-        if row["run"] in found.recordings:
+    for row in findings.summary.to_dict("records"):
+        if row["run"] in findings.recordings:
             console.print(last_line(row), markup=False, soft_wrap=True)
-    return found
+    return findings
 
 
-def birth_figures(out: str | Path, found: Findings, text: str | None = None) -> dict[str, Any]:
+def birth_figures(out: str | Path, findings: Findings, text: str | None = None) -> dict[str, Any]:
     """The figures of a study by name; of single models, those of its first run."""
     from metaint.labs.birth import figures as views, pictures
     from metaint.views.groups.birth import plot_birth
 
-    plain = {name: tree for name, tree in found.recordings.items() if not found.settings[name].frozen}
-    frozen = {name: frozen_steps(found.settings[name].frozen) for name in found.recordings if name not in plain}
-    figures = {"birth": plot_birth(plain or found.recordings)}
+    plain = {name: tree for name, tree in findings.recordings.items() if not findings.settings[name].frozen}
+    frozen = {name: frozen_steps(findings.settings[name].frozen) for name in findings.recordings if name not in plain}
+    figures = {"birth": plot_birth(plain or findings.recordings)}
     if frozen:
-        figures["staged"] = views.plot_staged(found.recordings, frozen)
-    kinds = {(s.triggers, s.trigger_count, s.outputs, s.layers) for s in found.settings.values()}
+        figures["staged"] = views.plot_staged(findings.recordings, frozen)
+    kinds = {(s.triggers, s.trigger_count, s.outputs, s.layers) for s in findings.settings.values()}
     if len(kinds) > 1:
-        figures["sweep"] = views.plot_sweep(plain or found.recordings)
-    name = next(iter(found.recordings))
-    models, tokens, vocabulary = _stages(Path(out) / name, found.settings[name], found.recordings[name], text)
+        figures["sweep"] = views.plot_sweep(plain or findings.recordings)
+    name = next(iter(findings.recordings))
+    models, tokens, vocabulary = _stages(Path(out) / name, findings.settings[name], findings.recordings[name], text)
     ends = {n: models[n] for n in (min(models), max(models))}
     figures["recalls"] = pictures.plot_recall_maps(ends, range(len(vocabulary)), vocabulary)
     figures["attention"] = pictures.plot_attention_at_birth(models, tokens, vocabulary)
-    figures["gradients"] = views.plot_first_gradients(found.gradients, found.recordings)
+    figures["gradients"] = views.plot_first_gradients(findings.gradients, findings.recordings)
     return figures
 
 

@@ -121,7 +121,11 @@ def gradient_model(trainer: Trainer) -> Any:
     shadow.loss_of(shadow.sample()).backward()
     with torch.no_grad():
         for matrix in shadow.matrices.values():
-            matrix.copy_(torch.zeros_like(matrix) if matrix.grad is None else -matrix.grad)
+            gradient = matrix.grad
+            if gradient is None:
+                matrix.zero_()
+            else:
+                matrix.copy_(-gradient)
             matrix.grad = None
     return gradients
 

@@ -93,7 +93,9 @@ def _growth(recording: xr.DataTree) -> dict[str, Any]:
     trends = growth.fit_trends(*steady_norms(recording))
     ranked = sorted(trends, key=lambda name: -np.nan_to_num(trends[name].r2, nan=-np.inf))
     ratio, best = norms[-1] / norms[0], trends[ranked[0]].r2
-    words = "stays" if abs(ratio - 1) <= _STAYS else "grows" if ratio > 1 else "shrinks"
+    words = "grows" if ratio > 1 else "shrinks"
+    if abs(ratio - 1) <= _STAYS:
+        words = "stays"
     over = best - trends[ranked[1]].r2
     return {
         "norm_first": norms[0],
@@ -116,7 +118,9 @@ def _dynamics(blocks: xr.Dataset) -> dict[str, Any]:
     curves = growth.dynamics(blocks["norm"].values, blocks["step_norm"].values[1:])
     observed, aligned, misaligned = (float(series[-1]) for series in curves)
     share = (observed - misaligned) / (aligned - misaligned)
-    near = "below misaligned" if share < 0 else "nearer misaligned" if share < 0.5 else "nearer aligned"
+    near = "nearer misaligned" if share < 0.5 else "nearer aligned"
+    if share < 0:
+        near = "below misaligned"
     steps = blocks["step"].values
     return {
         "blocks_last": observed,
@@ -223,10 +227,12 @@ def print_findings(console: Console, summary: pd.DataFrame) -> None:
 
 def _cell(row: dict[str, Any], names: tuple[str, ...]) -> str:
     values = [row[name] for name in names]
-    cells = [
-        value if isinstance(value, str) else f"{value:d}" if isinstance(value, int) else number(value)
-        for value in values
-    ]
     if names[0].startswith("slope_"):
-        return f"{cells[0]} ({values[1]:g})"
-    return " → ".join(cells)
+        return f"{_text(values[0])} ({values[1]:g})"
+    return " → ".join(map(_text, values))
+
+
+def _text(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:d}" if isinstance(value, int) else number(value)

@@ -95,7 +95,8 @@ class Characters(NamedTuple):
 
 def characters(text: str | None, length: int) -> Characters:
     """The text (default: Python's prose), folded, as characters; InputError if it is too short for the windows."""
-    folded = fold_prose(python_prose() if text is None else text)
+    prose = python_prose() if text is None else text
+    folded = fold_prose(prose)
     rest = math.floor(len(folded) * _HELD_OUT)
     if rest < 2 * length:
         need = math.ceil(2 * length / _HELD_OUT)

@@ -50,7 +50,7 @@ def study(
     weight_decays: Sequence[float] | None = None,
     seed: int = 0,
     progress: bool = False,
-    on_run: Callable[[str], None] = lambda told: None,
+    on_run: Callable[[str], None] = lambda line: None,
     **sizes: int,
 ) -> Findings:
     """Train every combination, each in its folder of `out`, and describe them; finished runs are not trained again.
@@ -81,11 +81,11 @@ def study(
             on_run(str(error))
             rows.append({**facts_of_run(settings), "growth": "diverged"})
             continue
-        found = slopes_of(out / settings.name, settings, text)
+        own_slopes = slopes_of(out / settings.name, settings, text)
         recordings[settings.name] = recording
-        slopes.append(found)
+        slopes.append(own_slopes)
         entropy = characters(text, settings.length).entropy
-        rows.append(describe(recording, settings, found) | {"unigram_entropy": entropy})
+        rows.append(describe(recording, settings, own_slopes) | {"unigram_entropy": entropy})
     if not recordings:
         raise InputError("learning_rates leaves no run with a finite loss: give smaller ones.")
     return Findings(recordings, pd.DataFrame(rows), pd.concat(slopes, ignore_index=True))
@@ -99,10 +99,10 @@ def steps_for(
         raise InputError(f"minutes is {minutes}: give a number above 0.")
     began = time.perf_counter()
     for folder in sorted(out.glob("*/")):
-        there = settings_of(folder)
-        if there is not None:
-            on_run(f"{out} has runs of {there.steps} steps: so have these")
-            return there.steps
+        earlier = settings_of(folder)
+        if earlier is not None:
+            on_run(f"{out} has runs of {earlier.steps} steps: so have these")
+            return earlier.steps
     step, record = seconds(drafts[0], text)
     left = minutes * 60 * (1 - _SPARE) - (time.perf_counter() - began)
     fits = int((left / len(drafts) - drafts[0].records * record) / step)
@@ -122,10 +122,10 @@ def run(console: Console, out: str | Path, text: str | None = None, **arguments:
     from metaint.views.drawing.page import write_page
 
     out = Path(out)
-    found = study(out, text, on_run=lambda told: console.print(told, style="dim", markup=False), **arguments)
-    print_findings(console, found.summary)
-    write_page(training_figures(found.recordings, found.slopes), out / "figures.html", "Norm growth in training")
-    write_text(out / "summary.csv", found.summary.to_csv(index=False))
-    write_text(out / "slopes.csv", found.slopes.to_csv(index=False))
+    findings = study(out, text, on_run=lambda line: console.print(line, style="dim", markup=False), **arguments)
+    print_findings(console, findings.summary)
+    write_page(training_figures(findings.recordings, findings.slopes), out / "figures.html", "Norm growth in training")
+    write_text(out / "summary.csv", findings.summary.to_csv(index=False))
+    write_text(out / "slopes.csv", findings.slopes.to_csv(index=False))
     console.print(f"figures, tables and recordings are in {out}\n", markup=False)
-    return found
+    return findings

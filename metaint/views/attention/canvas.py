@@ -114,7 +114,7 @@ def _packed(
     entries = [_entries(head, least) for head in codes]
     floor = ((least - 0.5) / 255) ** 2
     averages = [_averages(w, c < least, blocks, floor) for w, c in zip(weights, codes, strict=True)]
-    parts = [*(gaps for gaps, _ in entries), *(kept for _, kept in entries), *averages]
+    parts = [*(gaps for gaps, _ in entries), *(values for _, values in entries), *averages]
     # Level 6: 9 takes ten times as long for a few per cent.
     data = zlib.compress(b"".join(part.tobytes() for part in parts), 6)
     return Packed(data, [len(gaps) for gaps, _ in entries], floor, least > 1)
@@ -129,9 +129,9 @@ def _entries(
     bridges = (steps - 1) // 255
     ends = np.cumsum(bridges + 1) - 1
     gaps = np.full(len(at) + bridges.sum(), 255, np.uint8)
-    kept = np.zeros_like(gaps)
-    gaps[ends], kept[ends] = steps - 255 * bridges, codes[at]
-    return gaps, kept
+    values = np.zeros_like(gaps)
+    gaps[ends], values[ends] = steps - 255 * bridges, codes[at]
+    return gaps, values
 
 
 def _averages(

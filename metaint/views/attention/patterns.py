@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaint.errors import ActivationError, HookAuditError, InputError
+from metaint.errors import ActivationError, HookAuditError, InputError, door
 from metaint.models.describe import check_open, is_causal
 from metaint.models.heads import head_of
 from metaint.models.protocol import Model
@@ -38,6 +38,7 @@ _CIRCUITSVIS_BYTES = 5e6
 _SOURCE = "The weights that the model attends with, read at TransformerLens's hook_pattern."
 
 
+@door
 def show_attention(
     model: Model,
     tokens: Int[Tensor, "*position"] | str,
@@ -120,21 +121,21 @@ def _patterns(model: Model, tokens: Tensor, names: list[str], shown: slice) -> F
     for hook in by_layer:
         if hook not in model.hook_dict:
             raise HookAuditError(f"{hook} is not among this model's hooks: attention is read there.")
-    found: dict[str, np.ndarray] = {}
+    weights: dict[str, np.ndarray] = {}
 
     def keep(pattern: Tensor, hook: Any) -> None:
         chosen = widen(pattern.detach()[0, by_layer[hook.name]])
         _check(hook.name, chosen, pattern.dtype)
-        kept = chosen[:, shown, shown].cpu().numpy().astype(np.float32)
+        of_heads = chosen[:, shown, shown].cpu().numpy().astype(np.float32)
         layer = re.sub(r"\D+", "", hook.name)
-        found.update({f"{layer}.{head}": kept[i] for i, head in enumerate(by_layer[hook.name])})
+        weights.update({f"{layer}.{head}": of_heads[i] for i, head in enumerate(by_layer[hook.name])})
 
     with steady(model), model.hooks(fwd_hooks=[(hook, keep) for hook in by_layer]):
         model(tokens, return_type=None)
     for name in names:
-        if name not in found:
+        if name not in weights:
             raise HookAuditError(f"the hook on the pattern of head {name} never fired: fused attention has none.")
-    return np.stack([found[name] for name in names])
+    return np.stack([weights[name] for name in names])
 
 
 def _check(hook: str, pattern: Float[Tensor, "head query key"], dtype: torch.dtype) -> None:
@@ -176,9 +177,11 @@ def _circuitsvis(
 
 def _bundle() -> Path | None:
     """Where circuitsvis keeps its script; the package itself stays unimported, since it looks for the network."""
-    found = find_spec("circuitsvis")
-    path = Path(found.origin).parent / "dist/cdn/iife.js" if found and found.origin else None
-    return path if path and path.is_file() else None
+    package = find_spec("circuitsvis")
+    if package is None or package.origin is None:
+        return None
+    path = Path(package.origin).parent / "dist/cdn/iife.js"
+    return path if path.is_file() else None
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.protocol import Model
 from metaint.models.tokens import encoded
 from metaint.views.drawing.view import View
@@ -23,6 +23,7 @@ _SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 LOW, MIDDLE, HIGH = np.array([[213, 94, 0], [255, 255, 255], [0, 114, 178]])
 
 
+@door
 def show_tokens(
     tokens: Sequence[str] | Int[Tensor, "*position"] | str,
     values: Float[Tensor, " position"] | Float[np.ndarray, " position"] | Sequence[float],
@@ -70,7 +71,13 @@ def token_labels(model: Model, ids: Sequence[int]) -> list[str]:
 
 def visible(text: str) -> str:
     """Text in which nothing hides: spaces, line ends and tabs as signs, what can't be printed by its number."""
-    return "".join(_SIGNS.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
+    return "".join(map(_visible_sign, text))
+
+
+def _visible_sign(character: str) -> str:
+    if character in _SIGNS:
+        return _SIGNS[character]
+    return character if character.isprintable() else f"\\u{ord(character):04x}"
 
 
 def _written(tokenizer: Any, i: int) -> str:

@@ -14,7 +14,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.views.circuit.words import figure as digits, unit_of
 from metaint.views.drawing.panels import (
     BLUE,
@@ -27,6 +27,7 @@ from metaint.views.drawing.panels import (
     short_name,
     there,
     whole_ticks,
+    wrapped,
 )
 
 # Pixels of a layer, and the least and the most of all layers together.
@@ -34,7 +35,7 @@ _LAYER_HEIGHT = 15
 _LEAST_HEIGHT = 180
 _MOST_HEIGHT = 620
 # Pixels of a set in the forest, of what lies between rows, and of a row's own margin.
-_SET_HEIGHT = 26
+_SET_HEIGHT = 30
 _ROW_GAP = 74
 _FOREST_MARGIN = 20
 # Pixels that the colours take, with the legend below them.
@@ -42,6 +43,8 @@ _COLOURS_HEIGHT = 180
 _BELOW_COLOURS = 230
 # Heads named on the map: those with the largest effects.
 _NAMED = 5
+# Parts of a set's row that its random sets lie below it.
+_BELOW_SET = 0.3
 # Characters of a set's name in a line, and pixels of one.
 _SET_WRAP = 24
 _LETTER = 6.8
@@ -69,6 +72,7 @@ _BY_LAYER = (
 )
 
 
+@door
 def plot_ablation(ablation: xr.Dataset) -> go.Figure:
     """The effects of ablating parts: heads as a map, MLPs and whole layers of heads beside it, sets in a forest below.
 
@@ -162,9 +166,20 @@ def _hover(data: xr.Dataset, effects: np.ndarray, low: np.ndarray, high: np.ndar
                 effect = (
                     f"{digits(effects[i, j], True)} ({digits(low[i, j], True)} to {digits(high[i, j], True)}){unit}"
                 )
-            row.append(f"head {layer}.{head}: {effect}")
+            row.append(f"head {layer}.{head}: {effect}{_beside(data, layer, head)}")
         rows.append(row)
     return rows
+
+
+def _beside(data: xr.Dataset, layer: int, head: int) -> str:
+    """Other heads of the layer, in a line of their own; nothing where none is known."""
+    name = "effect_same_layer"
+    if not there(data, f"{name}_mean"):
+        return ""
+    mean, std = (float(data[f"{name}_{end}"].sel(layer=layer, head=head)) for end in ("mean", "std"))
+    if math.isnan(mean):
+        return ""
+    return f"<br>other heads of the layer: mean {digits(mean, True)}, standard deviation {digits(std)}"
 
 
 def _strongest(effects: np.ndarray) -> list[tuple[int, int]]:
@@ -202,6 +217,8 @@ def _draw_sets(figure: go.Figure, data: xr.Dataset, row: int) -> None:
     """A row for each set, in the order in which they were given."""
     names = [str(name) for name in data["set"].values]
     rows = list(range(len(names)))
+    if there(data, "set_effect_same_layer"):
+        _draw_random_sets(figure, data, row)
     dots = go.Scatter(
         x=data["set_effect"].values, y=rows, mode="markers", customdata=names, showlegend=False, name="sets",
         marker={"color": BLUE, "size": 9, "symbol": "square"}, error_x=_bars(data, "set_effect", BLUE),
@@ -215,6 +232,18 @@ def _draw_sets(figure: go.Figure, data: xr.Dataset, row: int) -> None:
     figure.update_xaxes(domain=[max(0, longest * _LETTER - _LEFT_OF_FOREST) / _FOREST_WIDTH, 1], row=row, col=1)
     texts = ["<br>".join(escape(line, quote=False) for line in label) for label in labels]
     figure.update_yaxes(tickvals=rows, ticktext=texts, range=[len(rows) - 0.4, -0.6], row=row, col=1)
+
+
+def _draw_random_sets(figure: go.Figure, data: xr.Dataset, row: int) -> None:
+    """A small dot for each draw, a little below the set that it stands beside."""
+    values = data["set_effect_same_layer"].transpose("set", "draw").values
+    places = np.broadcast_to(np.arange(len(values))[:, None] + _BELOW_SET, values.shape)
+    dots = go.Scatter(
+        x=values.ravel(), y=places.ravel(), mode="markers", name=wrapped("random heads of the same layers"),
+        marker={"color": GREY, "size": 5, "opacity": 0.6}, showlegend=True,
+        hovertemplate="as many random heads of the same layers: %{x:.3g}<extra></extra>",
+    )  # fmt: skip
+    figure.add_trace(dots, row=row, col=1)
 
 
 def _bars(data: xr.Dataset, name: str, colour: str) -> dict[str, Any]:
@@ -255,8 +284,9 @@ def _caption(data: xr.Dataset, has_heads: bool) -> str:
     where = "" if isinstance(at, str) else f" at positions {', '.join(map(str, np.atleast_1d(at)[:8]))}"
     return (
         f"How to read: what becomes of the metric when a part is ablated{where}, minus what it is; {heads}bars, and "
-        "what the pointer tells of heads, are 95 % bootstrap intervals over sequences. It misleads where parts stand "
-        "in for each other: each alone may do little, and all together much, so look at sets; where what stands in "
-        "for a part is unlike anything that later ones ever see, as zero often is; and among many parts some intervals "
-        "leave out 0 by luck."
+        "what the pointer tells of heads, are 95 % bootstrap intervals over sequences. Compare a head with others of "
+        "its layer, and a set with the grey dots, as many random heads of the same layers. It misleads where parts "
+        "stand in for each other: each alone may do little, and all together much, so look at sets; where what stands "
+        "in for a part is unlike anything that later ones ever see, as zero often is; and among many parts some "
+        "intervals leave out 0 by luck."
     )

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 from plotly import graph_objects as go
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.views.circuit.words import figure as digits, percent
 from metaint.views.drawing.panels import GREY, VERMILION, finish, panels, short_name
 
@@ -20,6 +20,7 @@ _RANDOM_AT = 0.25
 _SPREAD = 0.16
 
 
+@door
 def plot_check(check: xr.Dataset) -> go.Figure:
     """Faithfulness and completeness of a circuit with their intervals, each beside those of random circuits.
 

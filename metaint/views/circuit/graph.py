@@ -16,7 +16,7 @@ import networkx
 from jaxtyping import Int
 from torch import Tensor
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.models.heads import head_of
 from metaint.models.protocol import Model
 from metaint.views.attention.patterns import show_attention
@@ -31,6 +31,7 @@ _SOURCE = (
 )
 
 
+@door
 def show_circuit(
     circuit: networkx.DiGraph,
     model: Model | None = None,
@@ -111,8 +112,8 @@ def _nodes(circuit: Any) -> Nodes:
 def _checked(name: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     layer = value(data, "layer")
     if not isinstance(name, str) or data.get("kind") not in _KINDS or not layer.is_integer():
-        told = f"{plain(name)!r} without a kind ({', '.join(_KINDS)}) or a layer"
-        raise InputError(f"circuit has a node {told}: {_ASK}")
+        kinds = ", ".join(_KINDS)
+        raise InputError(f"circuit has a node {plain(name)!r} without a kind ({kinds}) or a layer: {_ASK}")
     return {**data, "layer": int(layer)}
 
 
@@ -148,8 +149,9 @@ def _of_model(model: Model, heads: Sequence[str]) -> list[str]:
         try:
             head_of(model, name)
         except InputError:
-            told = f"model has no head {plain(name)!r}, which circuit holds"
-            raise InputError(f"{told}: give the model that it was traced in.") from None
+            raise InputError(
+                f"model has no head {plain(name)!r}, which circuit holds: give the model that it was traced in."
+            ) from None
     return list(heads)
 
 
@@ -157,10 +159,10 @@ def _of_model(model: Model, heads: Sequence[str]) -> list[str]:
 
 
 def _heading(graph: Mapping[str, Any]) -> str:
-    title, found, said = heading(graph)
-    mark = {"found": "good", "not found": "bad"}.get(found, "")
+    title, verdict, said = heading(graph)
+    mark = {"found": "good", "not found": "bad"}.get(verdict, "")
     sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
-    return f'<h4>{escape(title)} <span class="badge {mark}">{found}</span></h4><div class="said">{sentences}</div>'
+    return f'<h4>{escape(title)} <span class="badge {mark}">{verdict}</span></h4><div class="said">{sentences}</div>'
 
 
 def _notes(graph: Mapping[str, Any], linked: bool) -> str:

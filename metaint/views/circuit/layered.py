@@ -78,11 +78,11 @@ def arrange(
         for item in chain:
             if isinstance(item, tuple):
                 items[item[1]].append(item)
-    links = [
-        Link(lower, upper, nudge=_PORTS[line.port] if isinstance(upper, str) else 0.0)
-        for chain, line in zip(chains, lines, strict=True)
-        for lower, upper in pairwise(chain)
-    ]
+    links = []
+    for chain, line in zip(chains, lines, strict=True):
+        for lower, upper in pairwise(chain):
+            nudge = _PORTS[line.port] if isinstance(upper, str) else 0.0
+            links.append(Link(lower, upper, nudge=nudge))
     items = ordered(items, links)
     docks = _docks(items, chains, lines, widths)
     sizes = {
@@ -93,7 +93,8 @@ def arrange(
     middles = settled(items, _pulls(chains, docks), sizes)
     begin = min((x - sizes[item] / 2 for item, x in middles.items()), default=0.0)
     end = max((x + sizes[item] / 2 for item, x in middles.items()), default=0.0)
-    wide = max(end - begin, *(widths[name] for row in rows for name in row if name in rails), 0.0)
+    names = {name for row in rows for name in row}
+    wide = max(end - begin, *(widths[name] for name in names if name in rails), 0.0)
     left = (begin + end - wide) / 2 - _MARGIN
     across = [_across(i, chain, docks, middles, left) for i, chain in enumerate(chains)]
     tops, bottoms, height = _heights(rows, lines, rails, docks, across)
@@ -192,10 +193,10 @@ def _pulls(chains: Sequence[Sequence[Item]], docks: _Docks) -> list[Link]:
 
 def _across(i: int, chain: Sequence[Item], docks: _Docks, middles: Mapping[Item, float], left: float) -> list[float]:
     """How far right a line is in each row that it meets."""
-    found = [middles[item] - left for item in chain]
-    found[0] += docks.leaving.get(i, 0.0)
-    found[-1] += docks.entering.get(i, 0.0)
-    return found
+    places = [middles[item] - left for item in chain]
+    places[0] += docks.leaving.get(i, 0.0)
+    places[-1] += docks.entering.get(i, 0.0)
+    return places
 
 
 def _heights(

@@ -25,6 +25,8 @@ _FONT = "system-ui, Arial, sans-serif"
 _THIN, _WIDE, _ROW, _BESIDE = 1.0, 7.0, 940, 620
 # Pixels: around the text of a box, the longest label, a line of text, sizes of names and of other text.
 _PAD, _LONGEST, _STEP, _NAME, _TEXT = 9, 96, 13, 13.0, 10.5
+# How bold the two sizes of letters are.
+_WEIGHTS = {_NAME: 700, _TEXT: 400}
 
 
 def picture(nodes: Nodes, rows: Sequence[Sequence[str]], edges: Sequence[Edge], graph: Graph, linked: bool) -> str:
@@ -33,10 +35,10 @@ def picture(nodes: Nodes, rows: Sequence[Sequence[str]], edges: Sequence[Edge], 
     order = {name: i for i, name in enumerate(nodes)}
     edges = sorted(edges, key=lambda edge: (order[edge[1]], order[edge[0]]))
     most = max((abs(share) for *_, data in edges if not math.isnan(share := _share(data))), default=0.0)
-    lines = [
-        Line(writer, reader, _by(data) if nodes[reader]["kind"] == "head" else "", _width(_share(data), most))
-        for writer, reader, data in edges
-    ]
+    lines = []
+    for writer, reader, data in edges:
+        by = _by(data) if nodes[reader]["kind"] == "head" else ""
+        lines.append(Line(writer, reader, by, _width(_share(data), most)))
     widths = {name: _room(_written(name, data, graph)) for name, data in nodes.items()}
     layout = arrange(rows, widths, lines, ("embedding", "logits"))
     parts = "".join(_part(name, data, layout.boxes[name], graph, linked) for name, data in nodes.items())
@@ -101,14 +103,12 @@ def _part(name: str, data: Mapping[str, Any], box: Box, graph: Graph, linked: bo
     lines = _written(name, data, graph)
     # A rail wider than what is seen without scrolling has its name where it is seen.
     x, y = box.left + min(box.width, _ROW) / 2, box.top + box.height / 2 + 4.5 - _STEP * (len(lines) - 1) / 2
-    texts = "".join(
-        _text(x, y + _STEP * i, text, size, 700 if size == _NAME else 400) for i, (text, size) in enumerate(lines)
-    )
+    texts = "".join(_text(x, y + _STEP * i, text, size, _WEIGHTS[size]) for i, (text, size) in enumerate(lines))
     ports = "".join(_port(port, ends, box.top + box.height) for port, ends in box.ports.items())
     head = f' data-head="{escape(name)}"' if linked and data["kind"] == "head" else ""
-    told = escape("\n".join(words.node_lines(words.plain(name), data, graph)))
+    tip = escape("\n".join(words.node_lines(words.plain(name), data, graph)))
     return (
-        f'<g class="part" tabindex="0" role="img" data-name="{escape(name)}"{head}><title>{told}</title>{shape}{ports}'
+        f'<g class="part" tabindex="0" role="img" data-name="{escape(name)}"{head}><title>{tip}</title>{shape}{ports}'
         f"{texts}</g>"
     )
 
@@ -152,8 +152,13 @@ def _cut(text: str, size: float) -> str:
 
 def _length(text: str, size: float) -> float:
     """About how wide text gets, rather too much than too little: nothing can measure it before it is drawn."""
-    wide = [unicodedata.east_asian_width(c) in "WF" or c in "mwMW%@…" for c in text]
-    return size * sum(1.05 if one else 0.75 if c.isupper() else 0.6 for one, c in zip(wide, text, strict=True))
+    return size * sum(map(_width_of, text))
+
+
+def _width_of(character: str) -> float:
+    if unicodedata.east_asian_width(character) in "WF" or character in "mwMW%@…":
+        return 1.05
+    return 0.75 if character.isupper() else 0.6
 
 
 def _room(lines: Sequence[tuple[str, float]]) -> float:
@@ -166,13 +171,15 @@ def _room(lines: Sequence[tuple[str, float]]) -> float:
 def _path(edge: Edge, line: Line, route: Sequence[Point], graph: Graph) -> str:
     writer, reader, data = edge
     share, d = _share(data), _curve(route)
-    dash = "unknown" if math.isnan(share) else "harmful" if share < 0 else ""
+    dash = "harmful" if share < 0 else ""
+    if math.isnan(share):
+        dash = "unknown"
     dashed = f' stroke-dasharray="{_DASHES[dash]}"' if dash else ""
-    told = escape("\n".join(words.edge_lines(words.plain(writer), words.plain(reader), data, graph)))
+    tip = escape("\n".join(words.edge_lines(words.plain(writer), words.plain(reader), data, graph)))
     # The second path is there to be met by the pointer: a line may be thin.
     return (
         f'<g class="path" tabindex="0" role="img" data-from="{escape(writer)}" data-to="{escape(reader)}" fill="none">'
-        f'<title>{told}</title><path class="line" d="{d}" stroke="{_COLOURS[line.port]}" '
+        f'<title>{tip}</title><path class="line" d="{d}" stroke="{_COLOURS[line.port]}" '
         f'stroke-width="{line.width:.2f}"{dashed}/><path d="{d}" stroke="currentColor" stroke-opacity="0" '
         f'stroke-width="{max(9, line.width):.1f}"/></g>'
     )
@@ -215,9 +222,9 @@ def _legend(nodes: Nodes, edges: Sequence[Edge], lines: Sequence[Line], most: fl
     """What is drawn, as far as it is there."""
     if not edges:
         return ""
-    there = {line.port for line in lines}
-    entries = [_entry(f"read by {told} ({by})", _COLOURS[by], 3) for by, told in words.BY.items() if by in there]
-    if "" in there:
+    ports = {line.port for line in lines}
+    entries = [_entry(f"read by {word} ({by})", _COLOURS[by], 3) for by, word in words.BY.items() if by in ports]
+    if "" in ports:
         heads = any(not line.port and nodes[line.reader]["kind"] == "head" for line in lines)
         entries.append(_entry(f"read as a whole{', or not told apart' if heads else ''}", _COLOURS[""], 3))
     shares = [_share(data) for *_, data in edges]
@@ -233,7 +240,7 @@ def _legend(nodes: Nodes, edges: Sequence[Edge], lines: Sequence[Line], most: fl
     return f'<div class="legend{" below" * below}">{"".join(entries)}</div>'
 
 
-def _entry(told: str, colour: str, width: float, dash: str = "") -> str:
+def _entry(label: str, colour: str, width: float, dash: str = "") -> str:
     dashed = f' stroke-dasharray="{_DASHES[dash]}"' if dash else ""
     line = f'<path d="M2 6H32" fill="none" stroke="{colour}" stroke-width="{width:.1f}"{dashed}/>'
-    return f'<span><svg width="34" height="12">{line}</svg>{told}</span>'
+    return f'<span><svg width="34" height="12">{line}</svg>{label}</span>'

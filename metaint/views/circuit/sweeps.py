@@ -43,8 +43,9 @@ def ordered(rows: Sequence[Sequence[T]], links: Sequence[Link]) -> list[list[T]]
         near, order = (above, range(len(now) - 1, -1, -1)) if sweep % 2 else (below, range(len(now)))
         for before, at in pairwise(order):
             now[at] = _by_barycentre(now[at], now[before], near)
-        if (found := crossings(now, links)) < fewest:
-            best, fewest = now, found
+        crossed = crossings(now, links)
+        if crossed < fewest:
+            best, fewest = now, crossed
     return best
 
 

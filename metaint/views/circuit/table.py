@@ -20,17 +20,14 @@ def print_circuit(console: Console, circuit: networkx.DiGraph) -> None:
     console.print()
     parts = [(name, data) for name, data in circuit.nodes(data=True) if data["kind"] in ("head", "mlp")]
     if parts:
-        table = plain_table("Parts")
-        for column in ("part", "label", "ablated", "95 % from", "to", "share"):
-            table.add_column(column, justify="left" if column in ("part", "label") else "right")
+        table = plain_table("Parts", ("part", "label"), ("ablated", "95 % from", "to", "share"))
         for name, data in sorted(parts, key=_share, reverse=True):
             table.add_row(escape(name), escape(", ".join(labels_of(data))), *_effect(data))
         console.print(table)
     paths = [((writer, reader), data) for writer, reader, data in circuit.edges(data=True)]
     if paths:
-        table = plain_table("Direct paths")
-        for column in ("from", "to", "by", "cut", "95 % from", "to", "share", "composition (z)"):
-            table.add_column(column, justify="left" if len(table.columns) < 3 else "right")
+        numbers = ("cut", "95 % from", "to", "share", "composition (z)")
+        table = plain_table("Direct paths", ("from", "to", "by"), numbers)
         for (writer, reader), data in sorted(paths, key=_share, reverse=True):
             by = BY.get(data.get("by", ""), "")
             table.add_row(escape(writer), escape(reader), by, *_effect(data), _composition(data))

@@ -37,11 +37,11 @@ _LONGEST = 600
 
 def value(data: Mapping[str, Any], name: str) -> float:
     """A number among attributes; NaN where there is none, or none that is finite."""
-    found = data.get(name)
-    if not isinstance(found, Real) or isinstance(found, bool):
+    given = data.get(name)
+    if not isinstance(given, Real) or isinstance(given, bool):
         return math.nan
     try:
-        number = float(found)
+        number = float(given)
     except OverflowError:
         return math.nan
     return number if math.isfinite(number) else math.nan
@@ -55,8 +55,10 @@ def plain(text: Any) -> str:
 
 def labels_of(data: Mapping[str, Any]) -> list[str]:
     """The labels of a head; a file may hold anything in their place."""
-    found = data.get("labels", "")
-    return [plain(label.strip()) for label in found.split(",") if label.strip()] if isinstance(found, str) else []
+    labels = data.get("labels")
+    if not isinstance(labels, str):
+        return []
+    return [plain(label.strip()) for label in labels.split(",") if label.strip()]
 
 
 def percent(share: float) -> str:
@@ -89,17 +91,17 @@ def edge_lines(writer: str, reader: str, data: Mapping[str, Any], graph: Mapping
     """The two ends of a path, then what cutting it does, and what the weights alone say."""
     by = BY.get(str(data.get("by", "")))
     lines = [f"{writer} → {reader}{f', by {by}' if by else ''}", *_effect(data, graph, "cutting")]
-    for letter, told in BY.items():
+    for letter, word in BY.items():
         if not math.isnan(effect := value(data, f"effect_{letter}")):
-            lines.append(f"cut for {told} alone: {figure(effect, True)}{unit_of(graph)}")
-    for letter, told in BY.items():
+            lines.append(f"cut for {word} alone: {figure(effect, True)}{unit_of(graph)}")
+    for letter, word in BY.items():
         if not math.isnan(score := value(data, f"{letter}_composition")):
             z = value(data, f"{letter}_composition_z")
-            lines.append(f"composition with {told}: {figure(score)}" + _given(f"z {figure(z, True)}", z))
+            lines.append(f"composition with {word}: {figure(score)}" + _given(f"z {figure(z, True)}", z))
     if not math.isnan(recall := value(data, "key_composition_recall")):
         chance = value(data, "key_composition_recall_chance")
-        told = f"{percent(recall)} of tokens{_given(f'chance {percent(chance)}', chance)}"
-        lines.append(f"key composition recall: {told}")
+        beside = _given(f"chance {percent(chance)}", chance)
+        lines.append(f"key composition recall: {percent(recall)} of tokens{beside}")
     return lines
 
 
@@ -109,14 +111,16 @@ def heading(graph: Mapping[str, Any]) -> tuple[str, str, Sequence[str]]:
     title = f"Circuit for {target or metric or 'an unnamed target'}"
     title += f", by {metric}" if metric and metric != target else ""
     title += f", in {plain(graph['model'])}" if graph.get("model") else ""
-    tested = isinstance(graph.get("found"), Real)
+    verdict = "not tested"
+    if isinstance(graph.get("found"), Real):
+        verdict = "found" if graph["found"] else "not found"
     scores = ", ".join(part for name in ("faithfulness", "completeness") if (part := _interval(graph, name)))
     said = [f"{scores[0].upper()}{scores[1:]}."] if scores else []
     if isinstance(why := graph.get("why"), str) and why:
         said.append(plain(why))
     if isinstance(paths := graph.get("paths"), str) and paths:
         said.append(f"Direct paths: {plain(paths)}.")
-    return title, "not tested" if not tested else "found" if graph["found"] else "not found", said
+    return title, verdict, said
 
 
 def _interval(graph: Mapping[str, Any], name: str) -> str:
@@ -130,27 +134,30 @@ def _effect(data: Mapping[str, Any], graph: Mapping[str, Any], doing: str) -> It
     effect, low, high, share = (value(data, name) for name in ("effect", "effect_low", "effect_high", "share"))
     if not math.isnan(effect):
         how = graph.get("how")
-        told = f"effect of {doing}{f' ({plain(how)})' if isinstance(how, str) and how else ''}"
+        way = f" ({plain(how)})" if isinstance(how, str) and how else ""
         interval = _given(f"95 %: {figure(low)} to {figure(high)}", low + high)
-        yield f"{told}: {figure(effect, True)}{unit_of(graph)}{interval}"
+        yield f"effect of {doing}{way}: {figure(effect, True)}{unit_of(graph)}{interval}"
     if not math.isnan(share):
-        yield f"share of all heads: {percent(share)}{'' if share == 0 else ', helpful' if share > 0 else ', harmful'}"
+        use = ", helpful" * (share > 0) + ", harmful" * (share < 0)
+        yield f"share of all heads: {percent(share)}{use}"
 
 
 def unit_of(graph: Mapping[str, Any]) -> str:
     """What an effect is counted in."""
     metric = plain(graph.get("metric", ""))
-    return " nats" if metric in METRICS and metric.endswith("_loss") else f" of {metric}" if metric else ""
+    if metric in METRICS and metric.endswith("_loss"):
+        return " nats"
+    return f" of {metric}" if metric else ""
 
 
-def _given(told: str, known: float) -> str:
-    return "" if math.isnan(known) else f" ({told})"
+def _given(words: str, known: float) -> str:
+    return "" if math.isnan(known) else f" ({words})"
 
 
 def _scores(data: Mapping[str, Any]) -> Iterator[str]:
     """The scores we know in their order, then whatever else is a number."""
     others = [name for name in data if name not in _SCORES and name not in _ASIDE]
     for name in [*_SCORES, *sorted(others, key=str)]:
-        told, unit = _SCORES.get(name, (plain(name).replace("_", " "), ""))
+        words, unit = _SCORES.get(name, (plain(name).replace("_", " "), ""))
         if not math.isnan(number := value(data, name)):
-            yield f"{told}: {figure(number)}{unit}"
+            yield f"{words}: {figure(number)}{unit}"

@@ -12,6 +12,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
+from metaint.errors import door
 from metaint.views.comparison.table import (
     SURE,
     changed_labels,
@@ -45,6 +46,7 @@ _CAPTION = (
 )
 
 
+@door
 def plot_comparison(comparison: xr.Dataset) -> go.Figure:
     """Maps of what differs between two scans, labels gained and lost on them, and the largest differences below.
 

@@ -163,8 +163,9 @@ def log_scale(drawn: np.ndarray) -> dict[str, Any]:
     """A log axis with ticks at powers of ten, over two decades and less at 1, 2 and 5; where the values lie close
     together plotly's own ticks do better."""
     spread = np.nanmax(drawn) / np.nanmin(drawn)
-    ticks = {"dtick": "D2" if spread <= 100 else 1, "tickformat": "~g"} if spread > 5 else {}
-    return {"type": "log", **ticks}
+    if not spread > 5:
+        return {"type": "log"}
+    return {"type": "log", "dtick": "D2" if spread <= 100 else 1, "tickformat": "~g"}
 
 
 def rule(figure: go.Figure, row: int, at: float) -> None:
@@ -181,12 +182,13 @@ def _curve(data: xr.Dataset, line: Line, name: str, colour: str) -> go.Scatter:
         hover += " (%{customdata[0]:.4g} to %{customdata[1]:.4g})"
     known = np.pad(np.isfinite(y), 1)
     alone = known[1:-1] & ~known[:-2] & ~known[2:]  # a line would not show these
+    mode = "lines+markers" if len(x) <= MARKED or alone.any() else "lines"
     return go.Scatter(
         x=x,
         y=y,
         customdata=interval,
         hovertemplate=hover + "<extra></extra>",
-        mode="lines+markers" if len(x) <= MARKED or alone.any() else "lines",
+        mode=mode,
         line={"color": colour, "dash": line.dash, "width": 2},
         marker={"color": colour, "size": 6},
     )

@@ -34,9 +34,19 @@ def head_at(values: xr.DataArray, which: str) -> list[str]:
     return cells
 
 
-def plain_table(title: str, tight: bool = False) -> Table:
-    """An empty table in the style of all of them; `tight` leaves no space between columns."""
-    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 0 if tight else 1, 0, 0))
+def plain_table(
+    title: str, words: Iterable[str] = (), numbers: Iterable[str] = (), *, tight: bool = False, no_wrap: bool = False
+) -> Table:
+    """An empty table in the style of all of them, with columns of words, then of numbers at the right of theirs.
+
+    `tight` leaves no space between columns; with `no_wrap` each of these columns keeps to one line.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, int(not tight), 0, 0))
+    for name in words:
+        table.add_column(name, no_wrap=no_wrap)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=no_wrap)
+    return table
 
 
 def cell_width(heading: str, cells: Iterable[str]) -> int:

@@ -18,7 +18,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError, StoreError, door
 from metaint.models.protocol import Model
 from metaint.models.tokens import check_tokens, encoded
 from metaint.probes.heads import HeadProbe
@@ -55,6 +55,7 @@ _SHOWN: dict[str, Any] = {
 }
 
 
+@door
 def save_headvis(
     scan: xr.DataTree,
     folder: str | Path,

@@ -56,10 +56,10 @@ def measured(
     largest = np.zeros((len(tokens), *size))
 
     def measure(layer: int, row: int, pattern: Float[Tensor, "head query key"]) -> None:
-        found, queries = pattern_sums(pattern, tokens[row, real[row]])
-        if not np.isfinite(found).all():
+        added, queries = pattern_sums(pattern, tokens[row, real[row]])
+        if not np.isfinite(added).all():
             raise ActivationError(f"blocks.{layer}.attn.hook_pattern holds NaN or infinity: the model overflows.")
-        sums[:, layer] += found
+        sums[:, layer] += added
         counts[:] += queries if layer == 0 else 0
         if pattern.shape[-1] > 1:
             largest[row, layer] = pattern[:, 1:, 1:].flatten(1).amax(-1).cpu().numpy()
@@ -70,20 +70,20 @@ def measured(
     metrics["qk_distance_variance"] -= metrics["qk_distance"] ** 2
     same(metrics)
     chosen = {(i, j): sampled(largest[:, i, j], seed=[i, j]) for i, j in np.ndindex(*size)}
-    kept: dict[tuple[int, int, int], tuple[list[int], list[float]]] = {}
+    shown: dict[tuple[int, int, int], tuple[list[int], list[float]]] = {}
 
     def keep(layer: int, row: int, pattern: Float[Tensor, "head query key"]) -> None:
         for head in range(size[1]):
             if any(row == other for _, other in chosen[layer, head]):
-                kept[layer, head, row] = sparse(pattern[head])
+                shown[layer, head, row] = sparse(pattern[head])
 
     rows = sorted({row for pairs in chosen.values() for _, row in pairs})
     _visit(model, tokens, real, rows, batch_size, keep)
     texts = {row: _texts(model, tokens[row, real[row]].tolist()) for row in rows}
 
     def examples(layer: int, head: int) -> dict[str, Any]:
-        found = [(*pair, texts[pair[1]], *kept[layer, head, pair[1]]) for pair in chosen[layer, head]]
-        return _payload(found, largest[:, layer, head])
+        sequences = [(n, row, texts[row], *shown[layer, head, row]) for n, row in chosen[layer, head]]
+        return _payload(sequences, largest[:, layer, head])
 
     return metrics, examples
 
@@ -97,8 +97,8 @@ def _visit(
 
         def read(pattern: Tensor, hook: Any, chosen: list[int] = chosen) -> None:
             layer = int(hook.name.split(".")[1])
-            for found, row in zip(pattern.detach(), chosen, strict=True):
-                see(layer, row, widen(found[:, real[row]][:, :, real[row]]))
+            for heads, row in zip(pattern.detach(), chosen, strict=True):
+                see(layer, row, widen(heads[:, real[row]][:, :, real[row]]))
 
         hooks = [(f"blocks.{layer}.attn.hook_pattern", read) for layer in range(int(model.cfg.n_layers))]
         padding = {} if bool(real.all()) else {"attention_mask": real[chosen].long()}

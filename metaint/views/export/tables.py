@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from metaint.errors import InputError, StoreError
+from metaint.errors import InputError, StoreError, door
 from metaint.scans.finding import without_bundles
 from metaint.scans.outgoing import cell, writable
 from metaint.views.groups.catalogue import VIEWS
@@ -27,6 +27,7 @@ _WRITERS: dict[str, Callable[[pd.DataFrame, Path], Any]] = {
 }
 
 
+@door
 def tables_of(scan: xr.DataTree) -> Tables:
     """Every table of a scan, by name; each variable of the scan is in at least one.
 
@@ -59,6 +60,7 @@ def tables_of(scan: xr.DataTree) -> Tables:
     return {**tables, "attributes": _attributes(scan)}
 
 
+@door
 def save_tables(scan: xr.DataTree, folder: str | Path, format: str = "csv") -> list[Path]:
     """Write each table of a scan to `<name>.csv` or `<name>.parquet` in a folder, made if it isn't there.
 

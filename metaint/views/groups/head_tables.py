@@ -89,6 +89,7 @@ def _measured(heads: xr.Dataset) -> tuple[list[str], list[str]]:
     """The scores that were measured, our own first, and at the shown tau those that have one for each tau."""
     known = [measure.name for measure in HEAD_MEASURES]
     counted = [str(name)[: -len("_count")] for name in heads if str(name).endswith("_count")]
+    counted = [name for name in counted if "lag" not in heads[name].dims]
     names = sorted(counted, key=lambda name: known.index(name) if name in known else len(known))
     scores = [name for name in names if "tau" not in heads[name].dims]
     return scores, [_with_tau(name) for name in names if "tau" in heads[name].dims]
@@ -108,11 +109,8 @@ def print_labels(console: Console, scan: xr.DataTree, title: str = "Labelled hea
         return
     columns = _evidence_columns(console.width, bool(named["output_share"].notna().any()))
     count = len(set(named["head"]))
-    table = plain_table(f"{title}: {count} of {total}", tight=console.width < 90)
-    for name in ("head", "label"):
-        table.add_column(name, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    tight = console.width < 90
+    table = plain_table(f"{title}: {count} of {total}", ("head", "label"), columns, tight=tight, no_wrap=True)
     few = len(named) <= FEW_LABELS
     for label, rows in named.groupby("label", sort=False):
         shown = rows if few else rows.head(FEW_OF_A_LABEL)
@@ -186,11 +184,9 @@ def print_telling(console: Console, scan: xr.DataTree, on_text: xr.DataTree, mos
     others = evidence(heads_of(on_text))
     labels = label_heads(on_text)
     also = labels[labels["label"].isin(SPECIFIC)].groupby("head")["label"].agg(", ".join)
-    table = plain_table(f"The {len(chosen)} most telling heads", tight=console.width < 90)
-    for name in ("head", "label"):
-        table.add_column(name, no_wrap=True)
-    for name in ("score", "interval", "null", "off sink", "on text"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title, tight = f"The {len(chosen)} most telling heads", console.width < 90
+    columns = (("head", "label"), ("score", "interval", "null", "off sink", "on text"))
+    table = plain_table(title, *columns, tight=tight, no_wrap=True)
     table.add_column("label on text")
     for row in chosen.to_dict("records"):
         interval = f"{number(row['low'])}–{number(row['high'])}"

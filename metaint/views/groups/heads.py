@@ -11,7 +11,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.scans.evidence import induction_source
 from metaint.scans.finding import Scan, one_group
 from metaint.scans.labels import label_heads
@@ -19,6 +19,7 @@ from metaint.views.drawing.panels import SHADES, finish, shares_scale, there, wh
 from metaint.views.drawing.terminal import number
 from metaint.views.groups.group_view import GroupView
 from metaint.views.groups.head_tables import head_frame, heads_json, print_scan
+from metaint.views.groups.lags import plot_lags
 
 # What is drawn unless asked otherwise; on tokens that don't repeat, matches take the place of `induction`.
 _MAIN = (
@@ -48,6 +49,7 @@ _ABOVE = 30
 _FEW = 24
 
 
+@door
 def plot_heads(scan: Scan, scores: Sequence[str] | None = None) -> go.Figure:
     """A map of each score, heads across and layers down, beside what uniform attention scores; labelled heads marked.
 
@@ -218,9 +220,14 @@ _CAPTION = (
 )
 
 
+def _figures(scan: xr.DataTree) -> dict[str, go.Figure]:
+    curves = {"lags": plot_lags(scan)} if "by_lag" in scan["heads"].dataset else {}
+    return {"heads": plot_heads(scan), **curves}
+
+
 VIEW = GroupView(
     group="heads",
-    figures=lambda scan: {"heads": plot_heads(scan)},
+    figures=_figures,
     frames={"heads": head_frame, "labels": label_heads},
     shown=(("layer", "head"), ("tau", "layer", "head")),
     print=print_scan,

@@ -13,6 +13,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from rich.console import Console
 
+from metaint.errors import door
 from metaint.probes.inner import MOST_TOKENS
 from metaint.scans.finding import Scans, group_of, named_groups
 from metaint.views.drawing.panels import (
@@ -45,6 +46,7 @@ _LOSSES = (
 )
 
 
+@door
 def plot_inner(scans: Scans) -> go.Figure:
     """Loss and rank of the next token at every layer, how each step follows the loss's gradient, and length and loss.
 
@@ -79,7 +81,8 @@ def plot_inner(scans: Scans) -> go.Figure:
     for row, part in enumerate(parts, 3):
         _draw_beside_null(figure, row, named, "step_gradient_cosine", part)
         rule(figure, row, 0)
-        figure.update_yaxes(matches="y3" if row > 3 else None, row=row, col=1)
+        if row > 3:
+            figure.update_yaxes(matches="y3", row=row, col=1)
     _draw_beside_null(figure, 3 + len(parts), named, "improved")
     rule(figure, 3 + len(parts), 0.5)
     if len(lower) > 1:

@@ -15,6 +15,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.console import Console
 
+from metaint.errors import door
 from metaint.scans.finding import Scan, group_of, one_group
 from metaint.views.drawing.panels import BLUE, GREY, finish, shares_scale, short_name, whole_ticks
 from metaint.views.drawing.terminal import number, print_columns
@@ -125,6 +126,7 @@ def chance(value: float) -> str:
     return f"{value:.0e}" if 0 < value < 0.001 else number(value)
 
 
+@door
 def plot_memory(scan: Scan) -> go.Figure:
     """Recall of each head, layers down and heads across, and below them the pairs that recall most, beside chance.
 

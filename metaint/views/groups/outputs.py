@@ -12,6 +12,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.console import Console
 
+from metaint.errors import door
 from metaint.scans.finding import Scan, group_of, one_group, without_bundles
 from metaint.views.drawing.panels import BOTH_WAYS, SHADES, finish, there, whole_ticks
 from metaint.views.drawing.terminal import number, print_columns
@@ -104,6 +105,7 @@ def _print_heads(console: Console, title: str, frame: pd.DataFrame) -> None:
     print_columns(console, title, columns)
 
 
+@door
 def plot_outputs(scan: Scan) -> go.Figure:
     """Maps of the heads: how much each writes, what of it comes from position 0, and what that says.
 
@@ -117,11 +119,12 @@ def plot_outputs(scan: Scan) -> go.Figure:
     'What the heads write'
     """
     model, data = one_group(scan, "outputs")
-    maps = [
-        _ON_TEXT if each.variable == "induction_written" and not there(data, each.variable) else each for each in _MAPS
-    ]
+    maps = list(_MAPS)
+    if not there(data, "induction_written"):
+        maps = [_ON_TEXT if each.variable == "induction_written" else each for each in _MAPS]
     maps = [each for each in maps if there(data, each.variable)]
-    beside = min(len(maps), 3 if data.sizes["head"] <= _FEW else 2)
+    most = 3 if data.sizes["head"] <= _FEW else 2
+    beside = min(len(maps), most)
     rows = -(-len(maps) // beside)
     height = min(max(_CELL * data.sizes["layer"], _LEAST), _HEIGHT)
     inside = rows * height + (rows - 1) * _GAP
@@ -144,11 +147,12 @@ def plot_outputs(scan: Scan) -> go.Figure:
 
 def _heatmap(data: xr.Dataset, drawn: _Map) -> go.Heatmap:
     values = _values(data, drawn)
-    told = [[_told(data, layer, head) for head in data["head"].values] for layer in data["layer"].values]
+    colours = BOTH_WAYS if drawn.ends[0] < 0 else SHADES
+    tips = [[_tip(data, layer, head) for head in data["head"].values] for layer in data["layer"].values]
     return go.Heatmap(
         z=values, x=data["head"].values, y=data["layer"].values, zmin=drawn.ends[0], zmax=drawn.ends[1],
-        colorscale=BOTH_WAYS if drawn.ends[0] < 0 else SHADES, showscale=False, name=drawn.variable,
-        customdata=told, hovertemplate="%{customdata}<extra></extra>",
+        colorscale=colours, showscale=False, name=drawn.variable, customdata=tips,
+        hovertemplate="%{customdata}<extra></extra>",
     )  # fmt: skip
 
 
@@ -157,7 +161,7 @@ def _values(data: xr.Dataset, drawn: _Map) -> np.ndarray:
     return values - data[drawn.null].transpose("layer", "head").values if drawn.null else values
 
 
-def _told(data: xr.Dataset, layer: int, head: int) -> str:
+def _tip(data: xr.Dataset, layer: int, head: int) -> str:
     """What the pointer shows of a head: everything that the maps draw of it, with its interval."""
     at = data.sel(layer=layer, head=head)
     lines = [f"head {layer}.{head}"]

@@ -15,7 +15,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from rich.console import Console
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.scans.finding import Scans, group_of, named_groups
 from metaint.views.drawing.panels import (
     BLUE,
@@ -120,6 +120,7 @@ def _spread(size: int) -> list[int]:
 # ---- figures ----------------------------------------------------------------------------------------------------
 
 
+@door
 def plot_recurrence(scans: Scans) -> go.Figure:
     """Loss by context length beside baselines, and cosines of the effective matrix with each reference, beside a null.
 
@@ -205,13 +206,13 @@ def _log_loss(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None:
 def _draw_cosines(figure: go.Figure, named: Mapping[str, xr.Dataset]) -> None:
     tables, lines = {}, []
     for name, data in named.items():
-        found = xr.Dataset()
+        table = xr.Dataset()
         for reference in data["reference"].values.tolist():
             for end in ("", "_low", "_high"):
                 values = data[f"effective_matrix_cosine{end}"].sel(reference=reference, drop=True)
-                found[f"{reference}{end}"] = values
-        found["null"] = data["effective_matrix_cosine_null"].sel(reference="truth", drop=True)
-        tables[name] = found
+                table[f"{reference}{end}"] = values
+        table["null"] = data["effective_matrix_cosine_null"].sel(reference="truth", drop=True)
+        tables[name] = table
     alone, first = len(named) == 1, next(iter(named.values()))
     dashes = {"truth": "solid", "gradient_step": "dash", "least_squares": "dot"}
     for reference, (name, colour) in _coloured(first).items():

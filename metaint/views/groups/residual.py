@@ -14,6 +14,7 @@ import xarray as xr
 from plotly import graph_objects as go
 from rich.console import Console
 
+from metaint.errors import door
 from metaint.measures.norms import histogram_quantile
 from metaint.scans.finding import Scans, group_of, named_groups
 from metaint.views.drawing.panels import (
@@ -40,6 +41,7 @@ from metaint.views.groups.layers import Column, cells, column, interval, layer_f
 _FEW_GROWTHS = 8
 
 
+@door
 def plot_residual(scans: Scans) -> go.Figure:
     """Length of the stream by layer, growth in each block beside its orthogonal counterpart, and cosines of writes.
 

@@ -12,6 +12,7 @@ from plotly import graph_objects as go
 from plotly.colors import sample_colorscale
 from rich.console import Console
 
+from metaint.errors import door
 from metaint.scans.finding import Scan, group_of, one_group
 from metaint.views.drawing.panels import GREY, MARKED, SHADES, finish, panels, whole_ticks
 from metaint.views.drawing.terminal import head_at, number, numbers, print_columns
@@ -96,6 +97,7 @@ def _published(data: xr.Dataset) -> list[tuple[str, list[str]]]:
     ]
 
 
+@door
 def plot_saturation(scan: Scan) -> go.Figure:
     """Similarity of the stream with that at each scale, by layer, its null at the largest, and distance to saturated.
 

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from plotly import graph_objects as go
 
-from metaint.errors import InputError
+from metaint.errors import InputError, door
 from metaint.measures.growth import TRENDS, fit_trends
 from metaint.scans.curves import ANY, NORM, head_counts, steady_norms
 from metaint.scans.finding import Recordings, Scans, recordings_of
@@ -32,6 +32,7 @@ SIGNS = {"t": "t", "sqrt_t": "√t", "fourth_root_t": "t^¼"}
 _LAYERS = 4
 
 
+@door
 def plot_training(recordings: Scans) -> go.Figure:
     """Everything recorded over training: scalars, labelled heads, norm of the parameters, saturation; a panel for each.
 

@@ -14,6 +14,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.console import Console
 
+from metaint.errors import door
 from metaint.scans.finding import Scan, group_of, one_group
 from metaint.views.drawing.panels import (
     BLUE,
@@ -130,6 +131,7 @@ def _of_kind(data: xr.Dataset, kind: str, count: int) -> list[_Pair]:
     ]
 
 
+@door
 def plot_weights(scan: Scan) -> go.Figure:
     """Norms of the parameters by layer and part, copying of each head beside random ones, and the pairs of heads that
     compose most.
@@ -171,15 +173,12 @@ def plot_weights(scan: Scan) -> go.Figure:
 def _draw_norms(figure: go.Figure, data: xr.Dataset, column: int) -> None:
     """A line for each part of a layer that the model has."""
     where: Any = {"row": 1, "col": column}
+    mode = "lines+markers" if data.sizes["layer"] <= MARKED else "lines"
     for part, (colour, symbol) in zip(data["part"].values, _LOOKS, strict=False):
         norms = data["parameter_norm"].sel(part=part)
         if norms.notnull().any():
-            line = go.Scatter(x=data["layer"].values, y=norms.values, name=str(part))
-            line.update(
-                mode="lines+markers" if len(norms) <= MARKED else "lines",
-                line_color=colour,
-                marker={"symbol": symbol, "size": 7},
-            )
+            line = go.Scatter(x=data["layer"].values, y=norms.values, name=str(part), mode=mode)
+            line.update(line_color=colour, marker={"symbol": symbol, "size": 7})
             line.update(hovertemplate=f"layer %{{x}}, {part}: %{{y:.4g}}<extra></extra>")
             figure.add_trace(line, **where)
     figure.update_yaxes(title_text="norm of the parameters", rangemode="tozero", **where)

@@ -13,6 +13,7 @@ from metaint.toys.memory_transformer import memory_transformer, write_induction_
 from metaint.views.drawing.page import write_page
 from metaint.views.drawing.panels import COLOURS, GREY
 from metaint.views.groups.birth import plot_birth
+from tests.views.figures import caption_of, titles_of
 
 STEPS = np.array([0, 10, 20, 40])
 VOCABULARY = tuple(" \n<bcdefghijk")
@@ -73,16 +74,6 @@ def models():
     before, after = memory_transformer(**sizes), memory_transformer(**sizes)
     write_induction_head(after, 60)
     return {"step 0": before, "step 9": after}
-
-
-def caption_of(figure):
-    return " ".join(next(a.text for a in figure.layout.annotations if a.name == "caption").split("<br>"))
-
-
-def titles_of(figure):
-    """Titles of the y axes, from above."""
-    axes = sorted((axis for axis in figure.layout if axis.startswith("yaxis")), key=lambda axis: int(axis[5:] or 1))
-    return [figure.layout[axis].title.text for axis in axes]
 
 
 def named(figure, name, panel=None):

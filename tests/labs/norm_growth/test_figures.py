@@ -17,6 +17,7 @@ from metaint.scans import curves
 from metaint.scans.labels import label_heads
 from metaint.views.drawing.page import write_page
 from metaint.views.groups import training
+from tests.views.figures import caption_of
 
 PLOTS = ("plot_norm_growth", "plot_training_saturation", "plot_training_heads")
 TEXT = "the norm of the parameters grows as the square root of time; attention saturates. " * 20
@@ -42,10 +43,6 @@ def slopes():
         for name, k in EXPECTED_SLOPES[norm].items()
     ]
     return pd.DataFrame(rows)
-
-
-def caption_of(figure):
-    return " ".join(next(a.text for a in figure.layout.annotations if a.name == "caption").split("<br>"))
 
 
 @pytest.mark.parametrize("plot", PLOTS)

@@ -53,10 +53,16 @@ def test_every_effect_is_drawn_with_its_interval(model, tokens):
     assert colours.cmax == -colours.cmin == float(abs(data["effect"]).max())
     low, high = (digits(float(data[f"effect_{end}"][2, 1]), True) for end in ("low", "high"))
     assert grid.customdata[2][1].startswith("head 2.1: ")
-    assert grid.customdata[2][1].endswith(f" ({low} to {high}) nats")
+    mean, std = (float(data[f"effect_same_layer_{end}"][2, 1]) for end in ("mean", "std"))
+    others = f"<br>other heads of the layer: mean {digits(mean, True)}, standard deviation {digits(std)}"
+    assert grid.customdata[2][1].endswith(f" ({low} to {high}) nats{others}")
     assert_drawn(of(figure, "scatter", "MLP")[0], data, "mlp_effect")
     assert_drawn(of(figure, "scatter", "all heads of the layer")[0], data, "attn_effect")
     assert_drawn(of(figure, "scatter", "sets")[0], data, "set_effect")
+    (draws,) = of(figure, "scatter", "random heads of the<br>same layers")
+    np.testing.assert_array_equal(draws.x, data["set_effect_same_layer"].values.ravel())
+    assert np.round(draws.y).tolist() == np.repeat([0, 1], 8).tolist()
+    assert np.isnan(draws.x).tolist() == [True] * 8 + [False] * 8
     assert list(figure.layout.yaxis3.ticktext) == ["all &lt;b&gt;MLPs&lt;/b&gt;", "two heads"]
     strongest = int(abs(data["effect"]).argmax())
     assert f"{strongest // 4}.{strongest % 4}" in texts(figure)
@@ -76,7 +82,7 @@ def test_every_effect_is_drawn_with_its_interval(model, tokens):
     ],
 )
 def test_what_was_not_asked_for_is_left_out(model, tokens, parts, sets, kinds):
-    figure = metaint.plot_ablation(metaint.ablate(model, tokens, parts, sets=sets))
+    figure = metaint.plot_ablation(metaint.ablate(model, tokens, parts, sets=sets, random=0))
     assert [trace.type for trace in figure.data] == kinds
     assert all(x_titles(figure))
     if kinds[0] == "heatmap":

@@ -1,10 +1,7 @@
-"""HeadVis's folder: its form, metrics by Neuronpedia's definition, examples that are the model's own patterns."""
+"""HeadVis's folder: its form, metrics by Neuronpedia's definition, and what can't be written."""
 
-import bisect
 import errno
-import json
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,60 +11,21 @@ import xarray as xr
 
 import metaint
 from metaint.errors import ActivationError, InputError, StoreError
-from metaint.tasks import repeated_tokens
 from metaint.views.export.headvis import save_headvis
-from metaint.views.export.headvis_examples import METRICS, sampled, sparse
-from tests.builders import available_kinds, build
+from metaint.views.export.headvis_examples import METRICS
+from tests.builders import build
+from tests.views.export.headvis_files import (
+    HEADS,
+    KIND,
+    LAYERS,
+    LENGTH,
+    OF_SCAN,
+    SEQUENCES,
+    check_form,
+    patterns_of,
+    read,
+)
 from tests.views.groups.test_heads import planted
-
-LAYERS, HEADS, SEQUENCES, LENGTH = 2, 4, 24, 17
-OF_SCAN = ("self_attention_score", "qk_distance", "induction_score")
-NUMBER = (int, float)
-KIND = "gpt2" if "gpt2" in available_kinds() else available_kinds()[0]
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    """Repeated blocks after a token that stays, with some tokens twice in a row."""
-    blocks = repeated_tokens(96, 8, batch=SEQUENCES, ids=(5, 95), bos=4, seed=3)
-    blocks[::3, 5] = blocks[::3, 4]
-    return blocks
-
-
-@pytest.fixture(scope="module")
-def scan(gpt2, tokens):
-    return metaint.scan(gpt2, tokens, attributes={"source": "made up"})
-
-
-@pytest.fixture(scope="module")
-def patterns(gpt2, tokens):
-    return patterns_of(gpt2, tokens)
-
-
-@pytest.fixture(scope="module")
-def folder(scan, gpt2, tokens, tmp_path_factory):
-    return save_headvis(scan, tmp_path_factory.mktemp("headvis") / "data", gpt2, tokens, batch_size=5)
-
-
-def patterns_of(model, tokens, **options):
-    """Patterns [sequence, layer, head, query, key]."""
-    kept = {}
-    hooks = [
-        (f"blocks.{i}.attn.hook_pattern", lambda x, hook: kept.update({hook.name: x.detach().double()}))
-        for i in range(LAYERS)
-    ]
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-        model(tokens, return_type=None, **options)
-    return torch.stack([kept[f"blocks.{i}.attn.hook_pattern"] for i in range(LAYERS)], 1)
-
-
-def read(path):
-    """A JSON file as a browser takes it, without NaN."""
-
-    def refuse(name):
-        raise AssertionError(f"{path} holds {name}")
-
-    return json.loads(Path(path).read_text("utf-8"), parse_constant=refuse)
 
 
 def metrics_by_definition(patterns, sequences):
@@ -96,55 +54,7 @@ def metrics_by_definition(patterns, sequences):
     }
 
 
-# ---- form -------------------------------------------------------------------------------------------------------
-
-
-def check_form(folder):
-    """What the docstrings of HeadVis's data_pipeline.py ask for, and what its frontend reads without asking."""
-    config = read(folder / "config.json")
-    heads = [[i, j] for i in range(LAYERS) for j in range(HEADS)]
-    assert isinstance(config["model_name"], str)
-    assert config["heads"] == heads
-    assert (config["n_layers"], config["n_heads"]) == (LAYERS, HEADS)
-    assert all(isinstance(name, str) for name in config["metrics"])
-    assert set(config["metric_descriptions"]) == set(config["metrics"])
-    assert config["head_data_pattern"] == "L{layer}H{head}.json"
-    assert config["has_umap"] is False
-    assert config["umap_heads"] == []
-    for kind in ("custom_plots", "custom_tables"):
-        assert all(set(entry) == {"key", "label"} for entry in config[kind])
-    rows = read(folder / "scatter_data.json")
-    assert [[row["layer"], row["head"]] for row in rows] == heads
-    for row in rows:  # App.svelte takes the metrics from the first row, and those alone that are numbers there
-        assert set(row) == {"layer", "head", *config["metrics"]}
-        assert all(isinstance(row[name], NUMBER) for name in config["metrics"])
-    assert read(folder / "server_config.json") == read(folder / "attributions" / "manifest.json") == {}
-    assert sorted(path.name for path in (folder / "heads").iterdir()) == sorted(f"L{i}H{j}.json" for i, j in heads)
-    for i, j in heads:
-        check_head(read(folder / "heads" / f"L{i}H{j}.json"), config)
-    return config
-
-
-def check_head(payload, config):
-    keys = ["sequences", "qk_distance_histogram", "top_query_tokens", "top_key_tokens", "histogram", "statistics"]
-    assert sorted(payload) == sorted(keys)
-    for sequence in payload["sequences"]:
-        assert isinstance(sequence["sequence_id"], int)
-        assert sequence["interval"] in range(1, config["n_intervals"] + 1)
-        assert all(isinstance(token, str) for token in sequence["tokens"])
-        assert len(sequence["tokens"]) == sequence["seq_len"]
-        assert len(sequence["attention_indices"]) == len(sequence["attention_values"])
-        assert all(isinstance(place, int) for place in sequence["attention_indices"])
-        assert all(isinstance(value, NUMBER) for value in sequence["attention_values"])
-        assert isinstance(sequence["max_activation"], NUMBER)
-    for name in ("qk_distance_histogram", "histogram"):
-        if payload[name]:
-            assert set(payload[name]) == {"bin_edges", "bin_values"}
-            assert len(payload[name]["bin_edges"]) == len(payload[name]["bin_values"]) + 1
-    for name in ("top_query_tokens", "top_key_tokens"):
-        weights = [entry["weight"] for entry in payload[name]]
-        assert weights == sorted(weights, reverse=True)
-        assert all(set(entry) == {"token", "weight"} for entry in payload[name])
+# ---- form ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_scan_alone_has_the_form(scan, tmp_path):
@@ -210,87 +120,6 @@ def test_scores_of_the_scan_keep_their_names(scan, folder):
     for name in ("previous_token", "first_token", "max_weight"):
         found = [[row[name] for row in rows[i * HEADS : (i + 1) * HEADS]] for i in range(LAYERS)]
         np.testing.assert_allclose(found, scan["heads"][name], atol=5.1e-5)
-
-
-# ---- examples ---------------------------------------------------------------------------------------------------
-
-
-def test_examples_are_the_largest_weights_of_the_model(gpt2, tokens, folder, patterns):
-    for i, j in np.ndindex(LAYERS, HEADS):
-        payload = read(folder / "heads" / f"L{i}H{j}.json")
-        for sequence in payload["sequences"]:
-            row = sequence["sequence_id"]
-            pattern = patterns[row, i, j].numpy()
-            assert sequence["tokens"] == [gpt2.tokenizer.decode([t]) for t in tokens[row].tolist()]
-            query, key = np.divmod(sequence["attention_indices"], LENGTH)
-            assert sequence["attention_indices"] == sorted(sequence["attention_indices"])
-            np.testing.assert_allclose(pattern[query, key], sequence["attention_values"], atol=5.1e-5)
-            for q in range(LENGTH):
-                kept = key[query == q]
-                assert len(kept) == min(8, (pattern[q] >= 0.005).sum())
-                assert pattern[q, kept].min() >= np.delete(pattern[q], kept).max(initial=0)
-            # As the frontend's findMax reads it.
-            shown = [v for q, k, v in zip(query, key, sequence["attention_values"], strict=True) if q and k]
-            assert sequence["max_activation"] == max(shown) == round(float(pattern[1:, 1:].max()), 4)
-
-
-def test_intervals_run_from_the_smallest_to_the_largest(folder, patterns):
-    largest = patterns[..., 1:, 1:].amax((-2, -1)).numpy()
-    for i, j in np.ndindex(LAYERS, HEADS):
-        payload = read(folder / "heads" / f"L{i}H{j}.json")
-        by_interval = {n: [s for s in payload["sequences"] if s["interval"] == n] for n in range(1, 6)}
-        assert [len(by_interval[n]) for n in range(1, 5)] == [3] * 4
-        highest = largest[:, i, j] >= np.sort(largest[:, i, j])[19]  # 24 sequences: bounds at 5, 10, 14 and 19
-        assert len(by_interval[5]) == highest.sum() >= 5
-        assert by_interval[5][0]["sequence_id"] == int(largest[:, i, j].argmax())
-        ends = [(min(s["max_activation"] for s in part), max(s["max_activation"] for s in part))
-                for part in by_interval.values()]  # fmt: skip
-        assert all(high <= low for (_, high), (low, _) in pairwise(ends))
-        assert payload["histogram"]["bin_values"] == [
-            int(((largest[:, i, j] * 50).astype(int).clip(max=49) == n).sum()) for n in range(50)
-        ]
-        assert payload["statistics"] == {
-            "n_samples": len(payload["sequences"]), "mean_max_activation": round(float(largest[:, i, j].mean()), 4),
-        }  # fmt: skip
-
-
-def test_histogram_and_tokens_add_up_what_the_examples_show(folder):
-    payload = read(folder / "heads" / "L1H2.json")
-    edges, bins = payload["qk_distance_histogram"]["bin_edges"], [0.0] * 13
-    queries, keys = {}, {}
-    for s in payload["sequences"]:
-        for place, value in zip(s["attention_indices"], s["attention_values"], strict=True):
-            q, k = divmod(place, s["seq_len"])
-            bins[bisect.bisect_right(edges, abs(q - k)) - 1] += value
-            queries[s["tokens"][q]] = queries.get(s["tokens"][q], 0) + value
-            keys[s["tokens"][k]] = keys.get(s["tokens"][k], 0) + value
-    np.testing.assert_allclose(payload["qk_distance_histogram"]["bin_values"], bins, atol=1e-4)
-    for name, weights in (("top_query_tokens", queries), ("top_key_tokens", keys)):
-        assert len(payload[name]) == min(50, len(weights))
-        for entry in payload[name]:
-            assert entry["weight"] == pytest.approx(weights[entry["token"]], abs=1e-4)
-
-
-def test_sampling_by_hand():
-    largest = np.random.default_rng(0).permutation(np.linspace(0.01, 0.99, 200))
-    found = sampled(largest, [0])
-    assert found == sampled(largest, [0]) != sampled(largest, [1])
-    ordered = sorted(largest.tolist())
-    bounds = [ordered[40 * i] for i in range(1, 5)]
-    assert [interval for interval, _ in found] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [5] * 10
-    assert all(interval == bisect.bisect_right(bounds, largest[row]) + 1 for interval, row in found)
-    assert [row for interval, row in found if interval == 5] == np.argsort(-largest)[:10].tolist()
-    assert sampled(np.array([0.5]), [0]) == [(5, 0)]
-    assert len({row for _, row in found}) == len(found)
-
-
-def test_sparse_keeps_eight_of_a_row_and_drops_what_is_small():
-    pattern = torch.zeros(10, 10)
-    pattern[9] = torch.tensor([0.3, 0.004, 0.2, 0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.046])
-    pattern[3, 1], pattern[3, 2] = 0.996, 0.004
-    places, values = sparse(pattern)
-    assert places == [31, 90, 92, 93, 94, 95, 96, 97, 98]
-    assert values == pytest.approx([0.996, 0.3, 0.2, 0.1, 0.09, 0.08, 0.07, 0.06, 0.05])
 
 
 # ---- what can't be written --------------------------------------------------------------------------------------

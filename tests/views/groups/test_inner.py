@@ -5,6 +5,7 @@ import pytest
 
 import metaint
 from tests.builders import available_kinds, build
+from tests.views.figures import caption_of, lines_of, titles_of
 
 
 @pytest.fixture(scope="module")
@@ -12,35 +13,19 @@ def scan(gpt2, repeated):
     return metaint.scan(gpt2, repeated, [metaint.InnerProbe()])
 
 
-def titles_of(figure):
-    axes = sorted((a for a in figure.layout if a.startswith("yaxis")), key=lambda axis: int(axis[5:] or 1))
-    return [figure.layout[axis].title.text for axis in axes]
-
-
-def drawn(figure, title):
-    """The lines of a panel, without bands and keys."""
-    row = titles_of(figure).index(title) + 1
-    axis = f"y{row if row > 1 else ''}"
-    return [t for t in figure.data if t.yaxis == axis and t.fill is None and t.x[0] is not None]
-
-
-def caption_of(figure):
-    return next(note.text for note in figure.layout.annotations if note.name == "caption").replace("<br>", " ")
-
-
 def test_lines_are_the_scan_s_numbers(scan):
     data, figure = scan["inner"], metaint.plot_inner(scan)
-    loss, null, entropy = drawn(figure, "nats")
+    loss, null, entropy = lines_of(figure, "nats")
     for line, name in ((loss, "loss"), (null, "loss_null"), (entropy, "prediction_entropy")):
         assert np.array_equal(line.y, data[name])
     assert np.array_equal(loss.customdata[:, 0], data["loss_low"])
-    assert np.array_equal(drawn(figure, "rank")[0].y, data["target_rank"])
+    assert np.array_equal(lines_of(figure, "rank")[0].y, data["target_rank"])
     for title, part in (("block", ""), ("attention", "_attn"), ("MLP", "_mlp")):
-        cosine, null = drawn(figure, f"cosine, {title}")
+        cosine, null = lines_of(figure, f"cosine, {title}")
         assert np.array_equal(cosine.y, data[f"step_gradient_cosine{part}"])
         assert np.array_equal(null.y, data[f"step_gradient_cosine_null{part}"])
         assert np.array_equal(cosine.customdata[:, 1], data[f"step_gradient_cosine{part}_high"])
-    improved, null = drawn(figure, "share improved")
+    improved, null = lines_of(figure, "share improved")
     assert np.array_equal(improved.y, data["improved"])
     assert np.array_equal(null.y, data["improved_null"])
 
@@ -48,7 +33,7 @@ def test_lines_are_the_scan_s_numbers(scan):
 def test_fidelity_is_drawn_where_the_loss_surely_falls(scan):
     data = scan["inner"].to_dataset()
     data["loss_decrease_low"] = ("block", [-0.1, 0.1])
-    line = drawn(metaint.plot_inner(data), "fidelity")[0]
+    line = lines_of(metaint.plot_inner(data), "fidelity")[0]
     assert np.array_equal(line.y, [np.nan, data["fidelity"][1]], equal_nan=True)
     data["loss_decrease_low"] = ("block", [-0.1, -0.1])
     figure = metaint.plot_inner(data)
@@ -59,7 +44,7 @@ def test_fidelity_is_drawn_where_the_loss_surely_falls(scan):
 def test_tokens_stand_apart_on_an_axis_of_their_own(scan):
     data, figure = scan["inner"], metaint.plot_inner(scan)
     last = len(titles_of(figure))
-    (dots,) = drawn(figure, "loss (nats)")
+    (dots,) = lines_of(figure, "loss (nats)")
     assert np.array_equal(dots.x, data["token_norm"].isel(layer=-1))
     assert np.array_equal(dots.y, data["token_loss"].isel(layer=-1))
     assert f"{data['norm_loss_spearman'][-1].item():.3f} (" in dots.name
@@ -74,7 +59,7 @@ def test_tokens_stand_apart_on_an_axis_of_their_own(scan):
 def test_several_scans_have_a_colour_each(scan):
     figure = metaint.plot_inner({"one": scan, "two": scan["inner"]})
     for title in titles_of(figure):
-        colours = [line.marker.color for line in drawn(figure, title)]
+        colours = [line.marker.color for line in lines_of(figure, title)]
         assert len(set(colours)) == 2
         assert sorted(colours) == sorted(list(set(colours)) * (len(colours) // 2))
     assert sum(bool(t.showlegend) and t.name == "two" for t in figure.data) == 1

@@ -13,6 +13,7 @@ from metaint.measures.growth import fit_trends
 from metaint.scans.curves import NORM
 from metaint.views.groups.training import drawn_groups
 from tests.labs.birth.test_figures import recording as birth_recording
+from tests.views.figures import caption_of, lines_of, titles_of
 from tests.views.groups.test_heads import planted
 
 STEPS = np.array([0, 1, 4, 9, 25])
@@ -42,20 +43,8 @@ def recording(scale=1.0, **without):
     return tree
 
 
-def titles_of(figure):
-    axes = sorted((a for a in figure.layout if a.startswith("yaxis")), key=lambda axis: int(axis[5:] or 1))
-    return [figure.layout[axis].title.text for axis in axes]
-
-
 def drawn(figure, title):
-    """The lines of a panel by their names, without bands and keys."""
-    row = titles_of(figure).index(title) + 1
-    axis = f"y{row if row > 1 else ''}"
-    return {t.name: t for t in figure.data if t.yaxis == axis and t.fill is None and t.x[0] is not None}
-
-
-def caption_of(figure):
-    return next(note.text for note in figure.layout.annotations if note.name == "caption").replace("<br>", " ")
+    return {line.name: line for line in lines_of(figure, title)}
 
 
 def test_a_run_has_a_panel_for_each_thing_recorded():

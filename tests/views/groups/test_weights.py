@@ -16,6 +16,7 @@ from metaint.views.groups.group_view import group_json
 from metaint.views.groups.weights import plot_weights, print_weights, weights_frame
 from tests.builders import available_kinds, build
 from tests.models.handmade import HandMade
+from tests.views.figures import caption_of
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +109,6 @@ def test_a_scan_without_it_is_refused(repeated_scan):
     for function in (weights_frame, printed, plot_weights):
         with pytest.raises(InputError, match=r"no /weights group"):
             function(repeated_scan)
-
-
-def caption_of(figure):
-    return " ".join(next(note.text for note in figure.layout.annotations if note.name == "caption").split("<br>"))
 
 
 def test_the_figure_draws_the_scan_s_numbers(scan):
