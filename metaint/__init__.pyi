@@ -55,7 +55,9 @@ from .scanning.scan import (
     read_cache as read_cache,
     scan as scan,
 )
+from .scans.compare import compare as compare
 from .scans.labels import THRESHOLDS as THRESHOLDS, label_heads as label_heads, telling_heads as telling_heads
+from .scans.matching import match_heads as match_heads
 from .scans.recordings import read_recording as read_recording
 from .scans.store import load as load, save as save
 from .views.attention.patterns import show_attention as show_attention
@@ -64,6 +66,7 @@ from .views.circuit.ablation import plot_ablation as plot_ablation
 from .views.circuit.check import plot_check as plot_check
 from .views.circuit.curve import plot_ablation_curve as plot_ablation_curve
 from .views.circuit.graph import show_circuit as show_circuit
+from .views.comparison.figure import plot_comparison as plot_comparison
 from .views.export.headvis import save_headvis as save_headvis
 from .views.export.tables import save_tables as save_tables, tables_of as tables_of
 from .views.groups.heads import plot_heads as plot_heads

@@ -44,6 +44,28 @@ def bootstrap_interval(
     return torch.cat(low).view(rest), torch.cat(high).view(rest)
 
 
+def pseudo_values(
+    sums: Float[Tensor, "sequence *rest"], counts: Float[Tensor, "sequence *#rest"], bundles: int
+) -> Float[Tensor, "bundle *rest"]:
+    """The jackknife's pseudo-values of the ratio sum(sums) / sum(counts), over bundles of neighbouring sequences.
+
+    Each is B times the ratio less B - 1 times the ratio without that bundle, where B is `bundles` or the number of
+    sequences, if that is smaller: of one mean, what the bundle alone would give. Their mean is the ratio, exactly
+    where all bundles count alike; their standard deviation over the root of B is its standard error (Tukey 1958), and
+    so with sums and differences of them. Not a number with fewer than two sequences, or where all counts lie in one
+    bundle.
+    """
+    size = min(bundles, len(sums))
+    place = torch.arange(len(sums)) * size // max(1, len(sums))
+    parts, weights = (
+        torch.zeros(size, *values.shape[1:], dtype=torch.float64).index_add_(0, place, values.double())
+        for values in (sums, counts)
+    )
+    total, rest = weights.sum(0), weights.sum(0) - weights
+    without = (parts.sum(0) - parts) / rest.where(rest > 1e-9 * total, math.nan)  # a difference of floats is never 0
+    return size * parts.sum(0) / total - (size - 1) * without
+
+
 def resampled_weights(n: int, resamples: int = 1000, seed: int = 0) -> Float[Tensor, "resample sequence"] | None:
     """How often each of n sequences is drawn in each resample; None for fewer than two, which tell no interval."""
     if n < 2:

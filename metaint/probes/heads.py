@@ -1,21 +1,22 @@
 """`HeadProbe`: every head measure in one forward pass, read at `hook_pattern` and folded into `/heads`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from metaint.errors import ActivationError, door
 from metaint.measures.attention import Measure, resolve, shuffled, sink_mass, sink_rate
-from metaint.measures.resampling import bootstrap_interval
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
 from metaint.models.protocol import Model
+from metaint.probes.bundles import add_bundles, fingerprints
+from metaint.probes.head_scores import each_sequence, off_sink, summarise
 from metaint.probes.lag_curves import add_states, fold_lags, lag_coordinate, lag_curves
 from metaint.probes.largest_logits import NAMES as LOGITS, ScoreReader, fold_logits, logit_variables
 from metaint.probes.plan import Plan, plans_of
@@ -59,6 +60,7 @@ class HeadProbe(Probe):
     counts: list[Float[Tensor, "sequence slot layer"]]
     uniform: list[Float[Tensor, "sequence slot layer"]]
     beside_first: list[Float[Tensor, "sequence kind layer head"]]
+    prints: list[Int[Tensor, " sequence"]]
     null_mean: Float[Tensor, "slot layer head"]
     null_variance: Float[Tensor, "slot layer head"]
     largest_logit: Float[Tensor, "layer head"]
@@ -79,7 +81,7 @@ class HeadProbe(Probe):
         self._chosen = resolve(measures)
         self._all = measures is None
         self.kinds = [m for m in self._chosen if m.form == "kind"]
-        for name in _LISTS:
+        for name in (*_LISTS, "prints"):
             self.add_state(name, [], dist_reduce_fx="cat")
         for name in ("null_mean", "null_variance", "tokens_seen"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
@@ -153,6 +155,7 @@ class HeadProbe(Probe):
         self._plans = plans_of(self.kinds, Context(positions, inputs.mask, tokens, self.shape.causal), self.shape)
         if inputs.past == 0 or not self.sums:
             self._make_room(batch, pattern.device)
+        self.prints[-1] += fingerprints(tokens, inputs.mask, inputs.past)
         self.tokens_seen = self.tokens_seen + inputs.mask[:, inputs.past :].sum()
 
     def _make_room(self, batch: int, device: torch.device) -> None:
@@ -163,6 +166,7 @@ class HeadProbe(Probe):
         self.uniform.append(torch.zeros(batch, *size, dtype=full, device=device))
         kinds = (len(self.kinds), self.shape.n_layers, self.shape.n_heads)
         self.beside_first.append(torch.zeros(batch, *kinds, dtype=full, device=device))
+        self.prints.append(torch.zeros(batch, dtype=torch.long, device=device))
         if self.null_mean.ndim == 0:
             self.null_mean = torch.zeros(kinds, dtype=full, device=device)
             self.null_variance = torch.zeros(kinds, dtype=full, device=device)
@@ -257,7 +261,21 @@ class HeadProbe(Probe):
             data = data.assign_coords(lag=lag_coordinate()).assign(lag_curves(self))
         sequences = sum(len(block) for block in self.sums)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences)
-        return data
+        return add_bundles(data, self._ratios(), self.prints)
+
+    def _ratios(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Every score by name, with what it sums to in each sequence and for how many queries, as they broadcast."""
+        if len(self.sums) == 0:
+            return
+        sums, counts, _, beside_first = (dim_zero_cat(getattr(self, name)).cpu() for name in _LISTS)
+        for i, measure in enumerate([*self.kinds, *self.statistics]):
+            place = self.slots[measure.name]
+            names = [f"{measure.name}_tau_{tau:g}" for tau in TAUS] if measure.per_tau else [measure.name]
+            added, counted = each_sequence(measure, sums[:, place], counts[:, place, :, None])
+            for slot, name in enumerate(names):
+                yield name, added[:, slot], counted[:, slot]
+            if measure.form == "kind" and measure.name != "first_token":
+                yield f"{measure.name}_off_sink", sums[:, place.start], beside_first[:, i]
 
 
 def check_rows(tile: Tile, layer: int) -> None:
@@ -267,38 +285,3 @@ def check_rows(tile: Tile, layer: int) -> None:
             f"blocks.{layer}.attn.hook_pattern holds NaN or infinity: the weights or the activations before it "
             "overflow (try a wider dtype), or a sequence has no visible key."
         )
-
-
-def summarise(
-    sums: Float[Tensor, "sequence slot layer head"],
-    counts: Float[Tensor, "sequence slot layer 1"],
-    uniform: Float[Tensor, "sequence slot layer 1"],
-    measure: Measure,
-) -> dict[str, Float[Tensor, "slot layer head"]]:
-    """Score, uniform baseline, interval and count of a measure from what its sequences sum to."""
-    if measure.per_sequence is not None:
-        sums = measure.per_sequence(sums, counts.expand_as(sums))
-        uniform = measure.per_sequence(uniform, counts)
-        counts = (~sums.isnan()).to(sums.dtype)
-        sums, uniform = sums.nan_to_num(), uniform.nan_to_num()
-    total = counts.sum(0)
-    low, high = bootstrap_interval(sums, counts.expand_as(sums))
-    return {
-        "": sums.sum(0) / total,
-        "_uniform": uniform.sum(0) / total,
-        "_low": low,
-        "_high": high,
-        "_count": total,
-    }
-
-
-def off_sink(
-    sums: Float[Tensor, "sequence 1 layer head"], beside: Float[Tensor, "sequence 1 layer head"]
-) -> dict[str, Float[Tensor, "1 layer head"]]:
-    """The share that a kind's keys have of the weight beside position 0, in [0, 1], with its interval.
-
-    Read on the queries for which the kind is defined. A head of a language model leaves most of its weight on
-    position 0 where it has nothing to do; this tells what it does with the rest.
-    """
-    low, high = bootstrap_interval(sums, beside)
-    return {"_off_sink": sums.sum(0) / beside.sum(0), "_off_sink_low": low, "_off_sink_high": high}

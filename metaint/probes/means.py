@@ -91,6 +91,15 @@ class Means:
                 values[variable.name + end] = variable.then(value) if variable.then else value
         return values
 
+    def ratios(
+        self, state: Float[Tensor, "sequence slot *rest"], *dims: str
+    ) -> Iterator[tuple[str, Float[Tensor, "sequence *rest"], Float[Tensor, "sequence *rest"]]]:
+        """The means whose dimensions are `dims` and that have an interval, each with what it rests on."""
+        for variable in self.variables:
+            if variable.dims == dims and variable.interval:
+                sums, counts = self._sums_and_counts(state, variable)
+                yield variable.name, sums[:, 0], counts[:, 0]
+
     def _sums_and_counts(self, state: Tensor, variable: Variable) -> tuple[Tensor, Tensor]:
         """What one mean rests on, each [sequence, label, *rest]; one label where it is along none."""
         sums = state[:, self.index(variable.slots)]

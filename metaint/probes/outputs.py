@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
@@ -21,6 +21,7 @@ from metaint.models.invariants import value_hook, values_of
 from metaint.models.protocol import Model
 from metaint.models.reading import widen
 from metaint.models.writing import Layer, Writing, stamp, writing_of
+from metaint.probes.bundles import add_bundles, fingerprints
 from metaint.probes.means import Means, as_dataset
 from metaint.probes.outputs_variables import variables_of, written
 from metaint.probes.plan import Plan, plans_of
@@ -62,6 +63,7 @@ class OutputProbe(Probe):
     audits = ("pattern_fires", "pattern_rows", "direction", "value_mix", "output_sum")
 
     heads: list[Float[Tensor, "sequence slot layer head"]]
+    prints: list[Int[Tensor, " sequence"]]
     tokens_seen: Tensor
     # Of the pass that is being read.
     _rows: Rows
@@ -81,7 +83,8 @@ class OutputProbe(Probe):
         self.positions, self.seed = positions, seed
         self._variables = variables_of(self.kinds)
         self._means = Means(self._variables)
-        self.add_state("heads", [], dist_reduce_fx="cat")
+        for name in ("heads", "prints"):
+            self.add_state(name, [], dist_reduce_fx="cat")
         self.add_state("tokens_seen", torch.zeros(()), dist_reduce_fx="sum")
         # The model behind functions of it: as an attribute it would be moved and kept with the probe.
         self._stamp_now: Callable[[], list[tuple[int, int]]] | None = None
@@ -165,6 +168,7 @@ class OutputProbe(Probe):
             self._columns = vocabulary.columns(rows.tokens)
         size = (batch, self.shape.n_layers, self.shape.n_heads)
         self.heads.append(self._means.room(*size, dtype=precise(device), device=device))
+        self.prints.append(fingerprints(rows.tokens, rows.real, 0))
         self.tokens_seen = self.tokens_seen + rows.real.sum()
 
     def _add(self, layer: int, **sums: Float[Tensor, "batch head"]) -> None:
@@ -294,4 +298,4 @@ class OutputProbe(Probe):
         data = as_dataset(values, self._variables, coords)
         sequences = sum(len(block) for block in self.heads)
         data.attrs.update(tokens_seen=int(self.tokens_seen), sequences=sequences, positions=self.positions)
-        return data
+        return add_bundles(data, self._means.ratios(dim_zero_cat(self.heads).cpu(), "layer", "head"), self.prints)

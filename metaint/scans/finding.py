@@ -61,6 +61,12 @@ def kind_of(data: xr.Dataset) -> str | None:
     return None
 
 
+def without_bundles(data: xr.Dataset) -> xr.Dataset:
+    """A group without what it keeps of bundles of sequences, which is for comparing and not for reading."""
+    bundles = ["bundle_value", "bundle_print", "score", "bundle"]
+    return data.drop_vars(bundles) if "bundle_value" in data else data
+
+
 def named_groups(scans: Scans, group: str) -> dict[str, xr.Dataset]:
     """The group of one scan, or of several, by the scans' names, for a figure.
 

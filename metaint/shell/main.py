@@ -1,4 +1,4 @@
-"""The `metaint` command: demo, scan, trace, report, export, audit, lab. Bad input: one sentence, exit status 2."""
+"""The `metaint` command: demo, scan, trace, compare, report, export, audit, lab. Bad input: a sentence and status 2."""
 
 import sys
 from pathlib import Path
@@ -27,6 +27,7 @@ from metaint.shell.common import (
     open_model,
     quieten,
 )
+from metaint.shell.comparing import compare
 from metaint.shell.files import export, report
 from metaint.shell.labs import lab
 
@@ -219,6 +220,7 @@ def audit(
 
 
 app.command()(trace)
+app.command()(compare)
 app.command()(report)
 app.command()(export)
 

@@ -14,6 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from metaint.errors import InputError, StoreError, door
+from metaint.scans.finding import without_bundles
 from metaint.scans.outgoing import cell, writable
 from metaint.views.groups.catalogue import VIEWS
 
@@ -137,6 +138,7 @@ def _over_steps(name: str, data: xr.Dataset) -> Tables:
 
 def _of_group(name: str, data: xr.Dataset) -> Tables:
     """The wide tables of a group, and tidy ones of what they don't show."""
+    data = without_bundles(data)
     tables: Tables = {}
     shown: set[frozenset[str]] = set()
     if name in VIEWS:

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from rich.console import Console
 
 from metaint.errors import door
-from metaint.scans.finding import Scan, group_of, one_group
+from metaint.scans.finding import Scan, group_of, one_group, without_bundles
 from metaint.views.drawing.panels import BOTH_WAYS, SHADES, finish, there, whole_ticks
 from metaint.views.drawing.terminal import number, print_columns
 from metaint.views.groups.group_view import GroupView
@@ -73,7 +73,7 @@ _COLUMNS = (
 
 def outputs_frame(scan: Scan) -> pd.DataFrame:
     """One row a head: its name, and every variable of `/outputs`. InputError where a scan has none."""
-    table = group_of(scan, "outputs").to_dataframe(dim_order=["layer", "head"]).reset_index()
+    table = without_bundles(group_of(scan, "outputs")).to_dataframe(dim_order=["layer", "head"]).reset_index()
     table["head"] = [f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]
     return table
 
