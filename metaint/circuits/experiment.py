@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from metaint.circuits.clean import Clean, clean_pass
 from metaint.circuits.metrics import Metric, MetricFunction, metric_of, places_of, values_of
@@ -30,6 +29,7 @@ from metaint.models.audit import require
 from metaint.models.reading import steady
 from metaint.probes.heads import HeadProbe
 from metaint.scanning.given import given_inputs
+from metaint.scanning.progress import progress_of
 
 HOW = ("zero", "mean", "resample", "pattern_preserving")
 # Tokens that are run at once by default: enough to keep a CPU busy, and few enough for its caches and for logits.
@@ -188,13 +188,13 @@ def run(experiment: Experiment, sets: Sequence[Iterable[Part]]) -> Float[Tensor,
     """The metric of each sequence, of the model as it is and without each set of parts, in float64 on the CPU."""
     values = torch.full((1 + len(sets), len(experiment.tokens)), math.nan, dtype=torch.float64)
     mlps = any(head is None for parts in sets for _, head in parts)
-    total, quiet = len(sets) * len(experiment.tokens), not experiment.progress
-    with steady(experiment.subject.model), tqdm(total=total, desc="ablate", disable=quiet, leave=False) as bar:
+    total = len(sets) * len(experiment.tokens)
+    with steady(experiment.subject.model), progress_of("ablate", total, experiment.progress) as advance:
         for rows, clean, stand in batches(experiment, mlps=mlps):
             values[0, rows] = measured(experiment, clean, clean.outcome)
             for i, value in variants_measured(experiment, clean, [stand.without(parts) for parts in sets]):
                 values[1 + i, rows] = value
-                bar.update(len(clean.tokens))
+                advance(len(clean.tokens))
     return values
 
 
