@@ -13,7 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from metaint.circuits.parts import Part, part_name
-from metaint.circuits.paths import EMBEDDING, LOGITS, Node, is_head
+from metaint.circuits.paths import EMBEDDING, LOGITS, Node, is_head, node_name
 from metaint.circuits.subject import Subject
 from metaint.measures.composition import composition, read_factor, write_factor
 from metaint.models.memory import Memories
@@ -34,11 +34,6 @@ class Effect(NamedTuple):
     def counts(self, threshold: float) -> bool:
         """Whether as much is lost, and more than chance explains."""
         return self.share >= threshold and (self.low > 0 or self.high < 0)
-
-
-def name_of(node: Node) -> str:
-    """A node's name in the graph: "5.1" for a head, "mlp 3" for the MLP of a layer, "embedding" and "logits"."""
-    return node if isinstance(node, str) else part_name(node)
 
 
 def add_nodes(
@@ -76,7 +71,7 @@ def add_edges(graph: networkx.DiGraph, subject: Subject, paths: Mapping[tuple[No
         attributes: dict[str, Any] = effects[""].attributes()
         attributes |= {f"effect_{by}": effect.effect for by, effect in single.items()}
         attributes["by"] = max(single, key=lambda by: single[by].share) if single else ""
-        graph.add_edge(*map(name_of, ends), **attributes, **reads.get(ends, {}))
+        graph.add_edge(*map(node_name, ends), **attributes, **reads.get(ends, {}))
 
 
 def _reads(subject: Subject, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], dict[str, float]]:
