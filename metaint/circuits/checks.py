@@ -11,6 +11,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,6 +27,12 @@ from metaint.models.protocol import Model
 
 # A circuit beats random ones if at most this share of them does as well.
 LEVEL = 0.05
+# A circuit is found from this share on, of what all heads bring, in both respects.
+LEAST = 0.5
+VERDICTS = ("found", "part of a circuit", "not found")
+# In a trace that races, so many random circuits on so many sequences are enough where they are plain: where none does
+# half as well as the circuit, or more than this share of them as well.
+PLAIN_CIRCUITS, PLAIN_SEQUENCES, PLAIN_SHARE = 20, 4, 0.25
 # Random circuits, from the most to the least like: the first kind of which there are `ENOUGH` is drawn from.
 KINDS = (
     "of other heads, as many in each layer",
@@ -45,6 +52,7 @@ def check_circuit(
     metric: str | MetricFunction | ScanMetric = "in_context_loss",
     *,
     random: int = 50,
+    least: float = LEAST,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -63,9 +71,11 @@ def check_circuit(
       many in each layer, none drawn twice; where there are fewer than 5, of as many other heads in any layers, or else
       of as many of all heads (then faithfulness alone is compared, since without one of its heads most circuits are
       lost).
-    - `attrs["found"]`: 1 where both shares are above 0, each with its interval, at most 5 % of the random circuits do
-      as well in either respect (with none to compare with: both above one half), and what all heads bring is more than
-      chance. `attrs["why"]` says it in a sentence.
+    - `attrs["verdict"]`, one of three: "not found" where one of both shares may be 0, where more than 5 % of the random
+      circuits do as well in either respect, or where what all heads bring is no more than chance; else "found" where
+      both shares are at least `least`, or "part of a circuit" (with none to compare with, "found" where both intervals
+      are above `least`). `attrs["better_than_random"]` is 1 or 0, `attrs["found"]` 1 for "found" alone, and
+      `attrs["why"]` says it in a sentence.
 
     Raises InputError as `ablate` does, and for no heads. Source: Wang et al. 2022, "Interpretability in the Wild".
 
@@ -81,38 +91,77 @@ def check_circuit(
         raise InputError(f'heads is {heads!r}: give a list of names such as ["0.1", "5.1"].')
     if random < 0:
         raise InputError(f"random is {random}: give how many random circuits to compare with, or 0.")
+    check_least(least)
     subject = subject_of(model)
     circuit = sorted({subject.head(name) for name in heads})
     experiment = set_up(subject, tokens, how, metric, batch_size=batch_size, seed=seed, progress=progress)
-    return check(experiment, circuit, random, seed)
+    return check(experiment, circuit, random, seed, least)
 
 
-def check(experiment: Experiment, circuit: Sequence[Head], random: int, seed: int) -> xr.Dataset:
-    """`check_circuit` within an experiment."""
-    subject = experiment.subject
-    every = subject.heads
-    others, kind = random_circuits(subject.shape, circuit, random, seed)
-    sets = [set(circuit), *map(set, others)]
+def check_least(least: float) -> None:
+    """InputError for a share that no circuit can be asked for."""
+    if not 0 <= least < 1:
+        raise InputError(f"least is {least}: give the share of what all heads bring from which on a circuit is found.")
+
+
+def check(
+    experiment: Experiment, circuit: Sequence[Head], random: int, seed: int, least: float = LEAST, race: bool = False
+) -> xr.Dataset:
+    """`check_circuit` within an experiment; with `race`, few random circuits on few sequences where these are plain."""
+    every = experiment.subject.heads
+    others, kind = random_circuits(experiment.subject.shape, circuit, random, seed)
+    circuit_alone = _shares(experiment, [circuit], None)
+    compared = _compared(experiment, circuit, others, race)
+    data = xr.Dataset(coords={"random": range(compared["faithfulness"].shape[0] - 1)})
+    for name, rows in circuit_alone.items():
+        data = data.assign(_with_ends(name, rows[0]))
+        data[f"random_{name}"] = (("random",), compared[name][1:, 0])
+    clean, empty = experiment.weights[None] * run(experiment, [every])
     weights = experiment.weights[None]
-    values = weights * run(experiment, [every, *(set(every) - heads for heads in sets), *sets])
+    data = data.assign(_with_ends("all_heads", interval((clean - empty)[None], over=weights)[0]))
+    ends = interval(torch.stack([clean, empty]), over=weights)
+    data["clean"], data["ablated"] = ends[:, 0]
+    why, verdict, better = nothing_to_explain(experiment, empty - clean), VERDICTS[-1], False
+    if not why:
+        own = {name: float(rows[0, 0]) for name, rows in compared.items()}
+        verdict, better, why = _verdict(data, own, experiment.metric.name, kind, len(circuit) == len(every), least)
+    data.attrs = {**experiment.subject.facts, **experiment.facts, "heads": ", ".join(map(part_name, circuit))}
+    data.attrs |= {"found": int(verdict == VERDICTS[0]), "verdict": verdict, "better_than_random": int(better)}
+    data.attrs |= {"least": float(least), "why": why}
+    return data
+
+
+def _shares(experiment: Experiment, circuits: Sequence[Sequence[Head]], upto: int | None) -> dict[str, np.ndarray]:
+    """Faithfulness and completeness of circuits, each with mean, low and high [circuit, 3]."""
+    every = experiment.subject.heads
+    sets = [set(heads) for heads in circuits]
+    values = run(experiment, [every, *(set(every) - heads for heads in sets), *sets], upto, "circuits")
+    values = values * experiment.weights[None, : values.shape[1]]
     clean, empty = values[:1], values[1:2]
     alone, without = values[2:].split(len(sets))
-    shares = {
+    return {
         "faithfulness": interval(alone - empty, over=clean - empty),
         "completeness": interval(clean - without, over=clean - empty),
     }
-    data = xr.Dataset(coords={"random": range(len(others))})
-    for name, rows in shares.items():
-        data = data.assign(_with_ends(name, rows[0]))
-        data[f"random_{name}"] = (("random",), rows[1:, 0])
-    data = data.assign(_with_ends("all_heads", interval(clean - empty, over=weights)[0]))
-    data["clean"], data["ablated"] = interval(clean, over=weights)[0, 0], interval(empty, over=weights)[0, 0]
-    holds, why = False, nothing_to_explain(experiment, (empty - clean)[0])
-    if not why:
-        holds, why = _verdict(data, experiment.metric.name, kind, len(circuit) == len(every))
-    data.attrs = {**subject.facts, **experiment.facts, "heads": ", ".join(map(part_name, circuit))}
-    data.attrs |= {"found": int(holds), "why": why}
-    return data
+
+
+def _compared(
+    experiment: Experiment, circuit: Sequence[Head], others: Sequence[Sequence[Head]], race: bool
+) -> dict[str, np.ndarray]:
+    """The shares of the circuit, in the first row, and of random ones, all on the same sequences."""
+    if not race:
+        return _shares(experiment, [circuit, *others], None)
+    upto = min(PLAIN_SEQUENCES, len(experiment.tokens))
+    few = _shares(experiment, [circuit, *others[:PLAIN_CIRCUITS]], upto)
+    if len(others) <= PLAIN_CIRCUITS or all(_plain(rows[:, 0]) for rows in few.values()):
+        return few
+    return _shares(experiment, [circuit, *others], upto)
+
+
+def _plain(shares: np.ndarray) -> bool:
+    """Whether a few random circuits tell how the first compares with many."""
+    own, others = shares[0], shares[1:]
+    return bool(others.max() < own / 2) or float((others >= own).mean()) > PLAIN_SHARE
 
 
 def _with_ends(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -182,24 +231,32 @@ def nothing_to_explain(experiment: Experiment, total: Float[Tensor, " sequence"]
     return ""
 
 
-def _verdict(data: xr.Dataset, metric: str, kind: str, whole: bool) -> tuple[bool, str]:
-    """Whether the circuit is one, and why, in a sentence."""
+def _verdict(
+    data: xr.Dataset, own: dict[str, float], metric: str, kind: str, whole: bool, least: float
+) -> tuple[str, bool, str]:
+    """One of `VERDICTS`, whether the circuit beats random ones, and why, in a sentence; `own` are its shares on the
+    sequences on which those were measured."""
+    found, part, missing = VERDICTS
     clauses = [f"{_percent(data, 'faithfulness')} of what all heads bring to {metric} is there with the circuit alone"]
     clauses.append(f"{_percent(data, 'completeness')} is lost without it")
     count, low = data.sizes["random"], min(float(data["faithfulness_low"]), float(data["completeness_low"]))
     if count == 0:
         why = "every head is in it" if whole else "no random circuit was asked for"
-        return low > 0.5, f"{'; '.join(clauses)}; {why}, so that it is compared with no other."
-    as_faithful = int((data["random_faithfulness"] >= data["faithfulness"]).sum())
-    as_complete = int((data["random_completeness"] >= data["completeness"]).sum())
+        why = f"{'; '.join(clauses)}; {why}, so that it is compared with no other."
+        return found if low > least else part if low > 0 else missing, False, why
+    as_faithful, as_complete = (int((data[f"random_{name}"] >= share).sum()) for name, share in own.items())
     as_well = f"{as_faithful} bring as much alone and {as_complete} lose as much"
     clauses.append(f"of {count} random circuits {kind}, {as_well}")
     beats = as_faithful <= LEVEL * count and (as_complete <= LEVEL * count or kind == KINDS[-1])
+    enough = min(float(data["faithfulness"]), float(data["completeness"])) >= least
+    verdict = missing if low <= 0 or not beats else found if enough else part
     if low <= 0:
         clauses.append("not found, since one of both shares may be 0")
     elif not beats:
         clauses.append("not found, since random circuits do as well")
-    return beats and low > 0, f"{'; '.join(clauses)}."
+    elif not enough:
+        clauses.append(f"part of a circuit, since one of both shares is below {100 * least:g} %")
+    return verdict, beats, f"{'; '.join(clauses)}."
 
 
 def _percent(data: xr.Dataset, name: str) -> str:

@@ -35,6 +35,8 @@ from metaint.scanning.progress import progress_of
 HOW = ("zero", "mean", "resample", "pattern_preserving")
 # Tokens that are run at once by default: enough to keep a CPU busy, and few enough for its caches and for logits.
 TOKENS = 4096
+# What the model as it is is called in the ledger.
+CLEAN = "clean"
 
 
 @dataclass
@@ -206,7 +208,7 @@ def run(
     """
     upto = len(experiment.tokens) if upto is None else upto
     every: list[list[Part]] = [[], *(sorted(set(parts), key=str) for parts in sets)]
-    ledger, names = experiment.ledger, [_name_of(experiment, parts) for parts in every]
+    ledger, names = experiment.ledger, [name_of_set(experiment, parts) for parts in every]
     first_of = {name: i for i, name in reversed(list(enumerate(names)))}
     missing = stretches(experiment, list(first_of), upto)
     numbers = list(first_of.values())
@@ -224,10 +226,11 @@ def run(
     return ledger.table(names, upto)
 
 
-def _name_of(experiment: Experiment, parts: Iterable[Part]) -> str:
+def name_of_set(experiment: Experiment, parts: Iterable[Part]) -> str:
     """What a set of parts is called in the ledger."""
+    names = sorted(map(part_name, parts))
     at = "" if experiment.at is None else f" at {experiment.at.nonzero().flatten().tolist()}"
-    return f"without {', '.join(map(part_name, parts))}{at}"
+    return f"without {', '.join(names)}{at}" if names else CLEAN
 
 
 def variants_measured(

@@ -20,16 +20,19 @@ from metaint.models.memory import Memories
 
 
 class Effect(NamedTuple):
-    """What cutting something does to the metric: mean, interval, and share of what taking out all heads does."""
+    """What cutting something does to the metric: mean, interval, share of what taking out all heads does, and on how
+    many sequences that was measured."""
 
     effect: float
     low: float
     high: float
     share: float
+    sequences: int = 0
 
-    def attributes(self) -> dict[str, float]:
+    def attributes(self) -> dict[str, float | int]:
         """As they stand on nodes and edges."""
-        return {"effect": self.effect, "effect_low": self.low, "effect_high": self.high, "share": self.share}
+        ends = {"effect_low": self.low, "effect_high": self.high}
+        return {"effect": self.effect, **ends, "share": self.share, "sequences": self.sequences}
 
     def counts(self, threshold: float) -> bool:
         """Whether as much is lost, and more than chance explains."""

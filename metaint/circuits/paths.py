@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaint.circuits.clean import Clean, read_out
-from metaint.circuits.experiment import Experiment, batches, measured, stretches, variants_measured
+from metaint.circuits.experiment import CLEAN, Experiment, batches, measured, stretches, variants_measured
 from metaint.circuits.parts import Part, part_name
 from metaint.circuits.passes import read_by_mlp
 from metaint.circuits.stand import Stand
@@ -119,7 +119,7 @@ def cut(
     Of the first `upto` sequences, or of all; what the experiment's ledger holds is not run again.
     """
     upto = len(experiment.tokens) if upto is None else upto
-    ledger, names = experiment.ledger, ["without ", *map(_name_of, paths)]
+    ledger, names = experiment.ledger, [CLEAN, *map(name_of_path, paths)]
     missing = stretches(experiment, names, upto)
     layers = sorted({path.reader[0] for path in paths if is_head(path.reader)})
     also = [f"blocks.{layer}.attn.{name}" for layer in layers for name in _READ]
@@ -156,7 +156,7 @@ def _cut_each(
             yield of_reader[i], value
 
 
-def _name_of(path: Path) -> str:
+def name_of_path(path: Path) -> str:
     """What a path is called in the ledger."""
     return f"cut {node_name(path.writer)} to {node_name(path.reader)} {path.by}".strip()
 
