@@ -146,13 +146,8 @@ def trace_circuit(
 
 def _about(experiment: Experiment) -> dict[str, Any]:
     """What must be the same for results to be gone on from."""
-    model = experiment.subject.model
-    about = {
-        "model": weights_checksum(model),
-        "tokens": checksum([experiment.tokens]),
-        "seed": experiment.facts["seed"],
-    }
-    return about | {name: experiment.facts[name] for name in ("metric", "how")}
+    sums = {"weights": weights_checksum(experiment.subject.model), "tokens": checksum([experiment.tokens])}
+    return sums | {name: experiment.facts[name] for name in ("metric", "how", "seed")}
 
 
 def _check_numbers(how: str, threshold: float, most: int, random: int) -> None:

@@ -174,7 +174,7 @@ def batches(
     """The clean pass of each batch of sequences, and what stands in for its parts; to be run within `steady`."""
     subject, tokens = experiment.subject, experiment.tokens
     if experiment.how == "mean" and not (experiment.means and (experiment.means["mlp"] or not mlps)):
-        experiment.means = means_of(subject, tokens, experiment.batch_size, mlps)
+        experiment.means = means_of(subject, tokens, experiment.batch_size, mlps or subject.has_mlps)
     preserve = experiment.how == "pattern_preserving"
     for some in rows:
         places = places_of(experiment.metric, tokens[some])

@@ -26,7 +26,7 @@ from metaint.circuits.counting import (
 from metaint.circuits.experiment import CLEAN, Experiment, interval, name_of_set, run
 from metaint.circuits.graph import Effect, add_edges, add_nodes
 from metaint.circuits.groups import Group, stand_ins
-from metaint.circuits.parts import Part, part_name
+from metaint.circuits.parts import Head, Part, part_name
 from metaint.circuits.paths import EMBEDDING, LOGITS, Node, Path, wiring_of
 from metaint.circuits.race import FEW, JUDGED, SETTLED, Rules
 from metaint.models.reading import Unavailable
@@ -108,8 +108,8 @@ class Trace:
 
     def _test(self, total: Tensor) -> None:
         """Whether what was found is a circuit."""
-        circuit = [part for part in self._members(total)[0] if part[1] is not None]
-        of_target = circuit if not self.label else set(circuit) & self.labelled
+        circuit: list[Head] = [(layer, head) for layer, head in self._members(total)[0] if head is not None]
+        of_target = circuit if not self.label else self.labelled.intersection(circuit)
         if not self.why and not of_target:
             self.why = _none_counts(self.experiment, self.labelled, self.label, total)
         if not self.why:

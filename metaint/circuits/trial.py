@@ -49,7 +49,7 @@ def _try(subject: Subject, progress: bool) -> str:
     places[0, -1], places[1, 1:] = True, True
     mlps = holds(model, "edit_mlp")
     variants = _variants(subject, mlps, torch.zeros((), device=tokens.device, dtype=next(model.parameters()).dtype))
-    with steady(model), progress_of("try passes", len(variants), progress) as advance:
+    with steady(model), progress_of("passes that begin in the middle, tried", len(variants), progress) as advance:
         clean = clean_pass(subject, tokens, places, mlps=mlps)
         try:
             plain: list[Tensor] = []

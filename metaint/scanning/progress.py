@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -15,7 +16,7 @@ EVERY = 10.0
 
 
 @contextmanager
-def progress_of(what: str, total: int, shown: bool = True, stays: bool = False) -> Iterator[Callable[[int], None]]:
+def progress_of(what: str, total: int, shown: bool = True, stays: bool = False) -> Iterator[Callable[[int], Any]]:
     """Shows how much of `total` is done, with rate and time left; `stays` leaves the bar there once it is full."""
     if not shown:
         yield lambda count: None

@@ -17,8 +17,8 @@ from metaint.models.reading import Unavailable
 from metaint.tasks import bigram, repeated_tokens
 from metaint.toys.memory_transformer import memory_transformer
 from tests.builders import available_kinds, build
-from tests.circuits.planted import circuit_model, own_choice, traces, written_model
-from tests.planted import D_HEAD, VOCAB
+from tests.circuits.planted import circuit_model, doubled_model, own_choice, traces, written_model
+from tests.planted import VOCAB
 
 TOKENS = repeated_tokens(VOCAB, 20, batch=6)
 
@@ -131,15 +131,7 @@ def test_averaging_heads_that_write_to_nothing_are_no_circuit():
 
 
 def test_heads_that_stand_in_for_each_other_are_tried_together():
-    model = circuit_model(strength=40.0)
-    state = dict(model.state_dict())
-    first, other = slice(0, D_HEAD), slice(3 * D_HEAD, 4 * D_HEAD)
-    for name in "qkv":
-        for end in ("weight", "bias"):
-            if (full := f"blocks.1.attn.{name}.{end}") in state:
-                state[full][other] = state[full][first]
-    state["blocks.1.attn.o.weight"][:, other] = state["blocks.1.attn.o.weight"][:, first]
-    model.load_state_dict(state)
+    model = doubled_model(40.0)
     found = trace_circuit(model, TOKENS, random=4)
     assert {"1.0", "1.3"} <= set(found)
     assert found.graph["verdict"] == "found"

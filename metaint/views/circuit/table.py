@@ -1,5 +1,6 @@
 """A circuit in the terminal: what it was tested for, its parts, and the paths between them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +22,10 @@ def print_circuit(console: Console, circuit: networkx.DiGraph) -> None:
     parts = [(name, data) for name, data in circuit.nodes(data=True) if data["kind"] in ("head", "mlp")]
     if parts:
         table = plain_table("Parts")
-        for column in ("part", "label", "ablated", "95 % from", "to", "share"):
-            table.add_column(column, justify="left" if column in ("part", "label") else "right")
+        for column in ("part", "label", "ablated", "95 % from", "to", "share", "sequences", "where"):
+            table.add_column(column, justify="left" if column in ("part", "label", "where") else "right")
         for name, data in sorted(parts, key=_share, reverse=True):
-            table.add_row(escape(name), escape(", ".join(labels_of(data))), *_effect(data))
+            table.add_row(escape(name), escape(", ".join(labels_of(data))), *_effect(data), *_measured(data))
         console.print(table)
     paths = [((writer, reader), data) for writer, reader, data in circuit.edges(data=True)]
     if paths:
@@ -50,6 +51,13 @@ def _share(item: tuple[Any, Mapping[str, Any]]) -> float:
 def _effect(data: Mapping[str, Any]) -> list[str]:
     low, high = (figure(value(data, name), True) for name in ("effect_low", "effect_high"))
     return [figure(value(data, "effect"), True), low, high, percent(value(data, "share"))]
+
+
+def _measured(data: Mapping[str, Any]) -> tuple[str, str]:
+    """On how many sequences, and where a part matters if that is at one position."""
+    count = value(data, "sequences")
+    where = "position 0 alone" if data.get("positions") == "first" else ""
+    return "" if math.isnan(count) else f"{count:.0f}", where
 
 
 def _composition(data: Mapping[str, Any]) -> str:
