@@ -148,7 +148,7 @@ def _try_sample(measure: Measure, total: Tensor, rules: Rules, outcome: Outcome)
     generator = torch.Generator().manual_seed(rules.seed)
     chosen = torch.randperm(len(below), generator=generator)[: rules.sample].tolist()
     outcome.sampled = going = sorted(below[i] for i in chosen)
-    for end in [end for end in _rounds(sequences) if end >= min(SETTLED, sequences)]:
+    for end in [end for end in _rounds(sequences) if end >= min(JUDGED, sequences)]:
         if not going:
             return
         changes = measure(going, end)

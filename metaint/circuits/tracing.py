@@ -28,7 +28,7 @@ from metaint.circuits.graph import Effect, add_edges, add_nodes
 from metaint.circuits.groups import Group, stand_ins
 from metaint.circuits.parts import Head, Part, part_name
 from metaint.circuits.paths import EMBEDDING, LOGITS, Node, Path, wiring_of
-from metaint.circuits.race import FEW, JUDGED, SETTLED, Rules
+from metaint.circuits.race import FEW, JUDGED, Rules
 from metaint.models.reading import Unavailable
 
 # A part of whose effect this much is there where it is ablated at position 0 alone matters there alone.
@@ -87,8 +87,7 @@ class Trace:
         experiment, rules = self.experiment, self.rules
         few = min(JUDGED, len(total)) if rules.on else len(total)
         self.stage = "heads together"
-        upto = min(SETTLED, len(total)) if rules.on else len(total)
-        self.group = stand_ins(experiment, sorted(self.labelled, key=str), total, rules.threshold, upto)
+        self.group = stand_ins(experiment, sorted(self.labelled, key=str), total, rules.threshold, few)
         effects = self._chosen(total)
         self.stage = "positions"
         counting = [part for part, effect in effects.items() if effect.counts(rules.threshold)]
