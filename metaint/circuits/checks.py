@@ -5,9 +5,7 @@ In: a model, tokens and heads. Out: faithfulness, completeness and the same of r
 "Interpretability in the Wild", for the two questions; both are put here as shares of what all heads bring.
 """
 
-import math
 from collections.abc import Sequence
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +16,11 @@ from torch import Tensor
 
 from metaint.circuits.experiment import Experiment, interval, run, set_up
 from metaint.circuits.metrics import MetricFunction
-from metaint.circuits.parts import Head, all_heads, part_name
+from metaint.circuits.parts import Part, part_name
+from metaint.circuits.random_circuits import KINDS, random_circuits
 from metaint.circuits.scan_metrics import ScanMetric
 from metaint.circuits.subject import subject_of
 from metaint.errors import InputError
-from metaint.models.describe import Shape
 from metaint.models.protocol import Model
 
 # A circuit beats random ones if at most this share of them does as well.
@@ -33,15 +31,15 @@ VERDICTS = ("found", "part of a circuit", "not found")
 # In a trace that races, so many random circuits on so many sequences are enough where they are plain: where none does
 # half as well as the circuit, or more than this share of them as well.
 PLAIN_CIRCUITS, PLAIN_SEQUENCES, PLAIN_SHARE = 20, 4, 0.25
-# Random circuits, from the most to the least like: the first kind of which there are `ENOUGH` is drawn from.
-KINDS = (
-    "of other heads, as many in each layer",
-    "of as many other heads",
-    "of as many heads, some of its own among them",
-)
-ENOUGH = 5
 # A share and the interval around it.
 _ENDS = ("", "_low", "_high")
+
+
+class Whole(NamedTuple):
+    """What a circuit is part of, and what that is called."""
+
+    parts: Sequence[Part]
+    name: str = "all heads"
 
 
 def check_circuit(
@@ -105,13 +103,24 @@ def check_least(least: float) -> None:
 
 
 def check(
-    experiment: Experiment, circuit: Sequence[Head], random: int, seed: int, least: float = LEAST, race: bool = False
+    experiment: Experiment,
+    circuit: Sequence[Part],
+    random: int,
+    seed: int,
+    least: float = LEAST,
+    *,
+    race: bool = False,
+    whole: Whole | None = None,
 ) -> xr.Dataset:
-    """`check_circuit` within an experiment; with `race`, few random circuits on few sequences where these are plain."""
-    every = experiment.subject.heads
-    others, kind = random_circuits(experiment.subject.shape, circuit, random, seed)
-    circuit_alone = _shares(experiment, [circuit], None)
-    compared = _compared(experiment, circuit, others, race)
+    """`check_circuit` within an experiment; with `race`, few random circuits on few sequences where these are plain.
+
+    `whole` is what the circuit is part of, by default all heads.
+    """
+    whole = Whole(experiment.subject.heads) if whole is None else whole
+    every = whole.parts
+    others, kind = random_circuits(every, circuit, random, seed)
+    circuit_alone = _shares(experiment, every, [circuit], None)
+    compared = _compared(experiment, every, circuit, others, race)
     data = xr.Dataset(coords={"random": range(compared["faithfulness"].shape[0] - 1)})
     for name, rows in circuit_alone.items():
         data = data.assign(_with_ends(name, rows[0]))
@@ -121,19 +130,21 @@ def check(
     data = data.assign(_with_ends("all_heads", interval((clean - empty)[None], over=weights)[0]))
     ends = interval(torch.stack([clean, empty]), over=weights)
     data["clean"], data["ablated"] = ends[:, 0]
-    why, verdict, better = nothing_to_explain(experiment, empty - clean), VERDICTS[-1], False
+    why, verdict, better = nothing_to_explain(experiment, empty - clean, whole.name), VERDICTS[-1], False
     if not why:
         own = {name: float(rows[0, 0]) for name, rows in compared.items()}
-        verdict, better, why = _verdict(data, own, experiment.metric.name, kind, len(circuit) == len(every), least)
+        told = f"what {whole.name} bring to {experiment.metric.name}"
+        verdict, better, why = _verdict(data, own, told, kind, len(circuit) == len(every), least)
     data.attrs = {**experiment.subject.facts, **experiment.facts, "heads": ", ".join(map(part_name, circuit))}
     data.attrs |= {"found": int(verdict == VERDICTS[0]), "verdict": verdict, "better_than_random": int(better)}
     data.attrs |= {"least": float(least), "why": why}
     return data
 
 
-def _shares(experiment: Experiment, circuits: Sequence[Sequence[Head]], upto: int | None) -> dict[str, np.ndarray]:
+def _shares(
+    experiment: Experiment, every: Sequence[Part], circuits: Sequence[Sequence[Part]], upto: int | None
+) -> dict[str, np.ndarray]:
     """Faithfulness and completeness of circuits, each with mean, low and high [circuit, 3]."""
-    every = experiment.subject.heads
     sets = [set(heads) for heads in circuits]
     values = run(experiment, [every, *(set(every) - heads for heads in sets), *sets], upto, "circuits")
     values = values * experiment.weights[None, : values.shape[1]]
@@ -146,16 +157,20 @@ def _shares(experiment: Experiment, circuits: Sequence[Sequence[Head]], upto: in
 
 
 def _compared(
-    experiment: Experiment, circuit: Sequence[Head], others: Sequence[Sequence[Head]], race: bool
+    experiment: Experiment,
+    every: Sequence[Part],
+    circuit: Sequence[Part],
+    others: Sequence[Sequence[Part]],
+    race: bool,
 ) -> dict[str, np.ndarray]:
     """The shares of the circuit, in the first row, and of random ones, all on the same sequences."""
     if not race:
-        return _shares(experiment, [circuit, *others], None)
+        return _shares(experiment, every, [circuit, *others], None)
     upto = min(PLAIN_SEQUENCES, len(experiment.tokens))
-    few = _shares(experiment, [circuit, *others[:PLAIN_CIRCUITS]], upto)
+    few = _shares(experiment, every, [circuit, *others[:PLAIN_CIRCUITS]], upto)
     if len(others) <= PLAIN_CIRCUITS or all(_plain(rows[:, 0]) for rows in few.values()):
         return few
-    return _shares(experiment, [circuit, *others], upto)
+    return _shares(experiment, every, [circuit, *others], upto)
 
 
 def _plain(shares: np.ndarray) -> bool:
@@ -169,79 +184,28 @@ def _with_ends(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name + end: value for end, value in zip(_ENDS, values, strict=True)}
 
 
-class _Pool(NamedTuple):
-    """Groups of heads, and how many to draw from each."""
-
-    groups: list[list[Head]]
-    sizes: list[int]
-
-    @property
-    def count(self) -> int:
-        """How many choices there are."""
-        return math.prod(math.comb(len(group), size) for group, size in zip(self.groups, self.sizes, strict=True))
-
-    def all(self) -> list[list[Head]]:
-        """Every choice."""
-        choices: list[list[Head]] = [[]]
-        for group, size in zip(self.groups, self.sizes, strict=True):
-            choices = [[*before, *more] for before in choices for more in combinations(group, size)]
-        return choices
-
-    def drawn(self, rng: np.random.Generator) -> list[Head]:
-        """One choice at random."""
-        heads = []
-        for group, size in zip(self.groups, self.sizes, strict=True):
-            heads += [group[i] for i in rng.permutation(len(group))[:size]]
-        return heads
-
-
-def random_circuits(shape: Shape, circuit: Sequence[Head], count: int, seed: int) -> tuple[list[list[Head]], str]:
-    """Up to `count` other circuits of as many heads, and of what kind they are: one of `KINDS`."""
-    every = all_heads(shape)
-    free = [head for head in every if head not in circuit]
-    layers = range(shape.n_layers)
-    by_layer = [[head for head in free if head[0] == layer] for layer in layers]
-    pools = [
-        _Pool(by_layer, [sum(head[0] == layer for head in circuit) for layer in layers]),
-        _Pool([free], [len(circuit)]),
-        _Pool([every], [len(circuit)]),
-    ]
-    number = next((i for i, pool in enumerate(pools) if pool.count >= ENOUGH), len(pools) - 1)
-    pool, kind = pools[number], KINDS[number]
-    if pool.count <= count + 1:
-        return [heads for heads in pool.all() if set(heads) != set(circuit)][:count], kind
-    rng = np.random.default_rng(seed)
-    seen, circuits = {frozenset(circuit)}, []
-    while len(circuits) < count:
-        heads = pool.drawn(rng)
-        if frozenset(heads) not in seen:
-            seen.add(frozenset(heads))
-            circuits.append(sorted(heads))
-    return circuits, kind
-
-
-def nothing_to_explain(experiment: Experiment, total: Float[Tensor, " sequence"]) -> str:
+def nothing_to_explain(experiment: Experiment, total: Float[Tensor, " sequence"], whole: str = "all heads") -> str:
     """Why there can be no circuit, given what taking out all heads does to the metric of each sequence; or ""."""
     mean, low, high = interval(total[None])[0]
     name = experiment.metric.name
     if not (low > 0 or high < 0):
-        return f"Taking out all heads changes {name} by no more than chance, so there is nothing to explain."
+        return f"Taking out {whole} changes {name} by no more than chance, so there is nothing to explain."
     if mean * {"lower": 1, "higher": -1, "": mean}[experiment.metric.better] < 0:
-        return f"Taking out all heads makes {name} better, so there is nothing to explain."
+        return f"Taking out {whole} makes {name} better, so there is nothing to explain."
     return ""
 
 
 def _verdict(
-    data: xr.Dataset, own: dict[str, float], metric: str, kind: str, whole: bool, least: float
+    data: xr.Dataset, own: dict[str, float], brought: str, kind: str, is_all: bool, least: float
 ) -> tuple[str, bool, str]:
     """One of `VERDICTS`, whether the circuit beats random ones, and why, in a sentence; `own` are its shares on the
     sequences on which those were measured."""
     found, part, missing = VERDICTS
-    clauses = [f"{_percent(data, 'faithfulness')} of what all heads bring to {metric} is there with the circuit alone"]
+    clauses = [f"{_percent(data, 'faithfulness')} of {brought} is there with the circuit alone"]
     clauses.append(f"{_percent(data, 'completeness')} is lost without it")
     count, low = data.sizes["random"], min(float(data["faithfulness_low"]), float(data["completeness_low"]))
     if count == 0:
-        why = "every head is in it" if whole else "no random circuit was asked for"
+        why = "every head is in it" if is_all else "no random circuit was asked for"
         why = f"{'; '.join(clauses)}; {why}, so that it is compared with no other."
         return found if low > least else part if low > 0 else missing, False, why
     as_faithful, as_complete = (int((data[f"random_{name}"] >= share).sum()) for name, share in own.items())

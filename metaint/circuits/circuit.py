@@ -17,8 +17,9 @@ from metaint.circuits.checks import LEAST, check_least
 from metaint.circuits.experiment import Experiment, set_up
 from metaint.circuits.ledger import Ledger, checksum, weights_checksum
 from metaint.circuits.metrics import MetricFunction
-from metaint.circuits.parts import Part
+from metaint.circuits.parts import Part, part_name
 from metaint.circuits.race import Rules
+from metaint.circuits.scan_metrics import ScanMetric, scan_metric
 from metaint.circuits.subject import Subject, subject_of
 from metaint.circuits.tracing import Trace
 from metaint.errors import InputError
@@ -33,6 +34,8 @@ TARGETS = {
     "previous_token": ("previous_token", "in_context_loss"),
     "averaging": ("averaging", "next_token_loss"),
 }
+# What is traced by where heads look: the origin of the attention sink.
+SINK = "sink"
 THRESHOLD = 0.02
 PRECISION = 0.05
 _HOW = ("zero", "mean", "resample")
@@ -61,7 +64,9 @@ def trace_circuit(
     - `tokens`: as in `metaint.ablate`, two sequences or more.
     - `scan`: a scan of the model's heads on these tokens; None makes one.
     - `target`: "induction" or "previous_token" (the heads labelled so, and the in-context loss), "averaging" (those
-      heads, and the loss of all next tokens), or a metric of your own (logits, tokens) -> values [batch].
+      heads, and the loss of all next tokens), or a metric of your own (logits, tokens) -> values [batch]; or "sink":
+      what makes the heads labelled sink look at position 0, by how much they do. MLPs belong to that circuit too, all
+      shares are of what all heads and MLPs bring, and no paths are followed.
     - `how`: "mean", "zero" or "resample", as in `metaint.ablate`.
     - `threshold`: the share of what all heads bring to the metric that a part must bring in order to count.
     - `most`: the number of parts at most.
@@ -114,7 +119,7 @@ def trace_circuit(
     >>> sorted({"embedding", "logits"} & set(graph)), graph.graph["found"]
     (['embedding', 'logits'], False)
     """
-    label, metric = _target(target)
+    name, label, metric = _target(target)
     _check_numbers(how, threshold, most, random)
     check_least(least)
     if not precision >= 0:
@@ -124,17 +129,17 @@ def trace_circuit(
     if not subject.shape.causal:
         raise InputError("model attends in both directions: circuits are traced in models that predict the next token.")
     options = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    if name == SINK:
+        scan = _scanned(model, tokens, scan, seed, progress)
+        metric = _sink_metric(_labels(_checked(subject, heads_of(scan))))
     experiment = set_up(subject, tokens, how, metric, **options)
     if len(experiment.tokens) < 2:
         raise InputError("tokens is one sequence: intervals are over sequences, so give two or more.")
     if journal is not None:
         experiment.ledger = Ledger(journal, _about(experiment))
-    if scan is None:
-        tell("scanning its heads", progress)
-        scan = scan_model(model, experiment.tokens, seed=seed, progress=progress and has_bars())
-    heads = _checked(subject, heads_of(scan))
+    heads = _checked(subject, heads_of(_scanned(model, experiment.tokens, scan, seed, progress)))
     rules = Rules(threshold, precision, most, seed, race)
-    trace = Trace(experiment, heads, _labels(heads), label, rules, random, least)
+    trace = Trace(experiment, heads, _labels(heads), label, name, rules, random, least)
     try:
         trace.run()
     except KeyboardInterrupt:
@@ -160,13 +165,33 @@ def _check_numbers(how: str, threshold: float, most: int, random: int) -> None:
         )
 
 
-def _target(target: str | MetricFunction) -> tuple[str, str | MetricFunction]:
+def _target(target: str | MetricFunction) -> tuple[str, str, str | MetricFunction]:
+    """The target's name, the label of its heads and the metric; "" for what it does not have."""
     if callable(target):
-        return "", target
+        return "", "", target
     name = str(target).replace("-", "_")
+    if name == SINK:
+        return name, "", ""
     if name not in TARGETS:
-        raise InputError(f"target is {target!r}: choose {', '.join(TARGETS)}, or give a function (logits, tokens).")
-    return TARGETS[name]
+        raise InputError(
+            f"target is {target!r}: choose {', '.join(TARGETS)}, {SINK}, or give a function (logits, tokens)."
+        )
+    return name, *TARGETS[name]
+
+
+def _scanned(model: Model, tokens: Any, scan: Any, seed: int, progress: bool) -> xr.DataTree | xr.Dataset:
+    if scan is not None:
+        return scan
+    tell("scanning its heads", progress)
+    return scan_model(model, tokens, seed=seed, progress=progress and has_bars())
+
+
+def _sink_metric(labels: dict[Part, list[str]]) -> ScanMetric:
+    """How much the heads that are labelled so look at position 0."""
+    heads = [part_name(head) for head, names in labels.items() if SINK in names]
+    if not heads:
+        raise InputError(f"target is {SINK!r}, and no head of the model is labelled so: choose another.")
+    return scan_metric("first_token", heads=heads)
 
 
 def _checked(subject: Subject, heads: xr.Dataset) -> xr.Dataset:

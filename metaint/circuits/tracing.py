@@ -11,7 +11,7 @@ import networkx
 import xarray as xr
 from torch import Tensor
 
-from metaint.circuits.checks import check, nothing_to_explain
+from metaint.circuits.checks import Whole, check, nothing_to_explain
 from metaint.circuits.counting import (
     at_first_position,
     by_ends,
@@ -26,7 +26,7 @@ from metaint.circuits.counting import (
 from metaint.circuits.experiment import CLEAN, Experiment, interval, name_of_set, run
 from metaint.circuits.graph import Effect, add_edges, add_nodes
 from metaint.circuits.groups import Group, stand_ins
-from metaint.circuits.parts import Head, Part, part_name
+from metaint.circuits.parts import Part, part_name
 from metaint.circuits.paths import EMBEDDING, LOGITS, Node, Path, wiring_of
 from metaint.circuits.race import FEW, JUDGED, Rules
 from metaint.models.reading import Unavailable
@@ -44,6 +44,7 @@ class Trace:
     heads: xr.Dataset
     labels: dict[Part, list[str]]
     label: str
+    target: str
     rules: Rules
     random: int
     least: float
@@ -62,6 +63,9 @@ class Trace:
         self.parts: list[Part] = [*subject.heads]
         self.parts += [(layer, None) for layer in subject.layers if subject.has_mlps]
         self.labelled = {head for head, names in self.labels.items() if self.label in names}
+        self.whole = Whole(subject.heads)
+        if self.experiment.patterns is not None:  # where heads look, MLPs decide too
+            self.whole = Whole(self.parts, "all heads and MLPs")
         if len(self.parts) <= FEW:
             self.rules = Rules(self.rules.threshold, most=self.rules.most, seed=self.rules.seed, on=False)
 
@@ -70,12 +74,12 @@ class Trace:
     def run(self) -> None:
         """Every stage."""
         experiment, rules = self.experiment, self.rules
-        values = run(experiment, [experiment.subject.heads], what="all heads")
-        total = values[1] - values[0]
+        run(experiment, [self.whole.parts], what=self.whole.name)
+        total = self.total()
         self.stage = "parts"
         outcome = race_parts(experiment, self.parts, self.labelled, total, rules)
         self._note(outcome.sentence("parts"))
-        self.why = nothing_to_explain(experiment, total)
+        self.why = nothing_to_explain(experiment, total, self.whole.name)
         if not self.why:
             self._run_within(total)
         self.stage = "the test"
@@ -96,6 +100,9 @@ class Trace:
         self.stage = "paths"
         if not effects:
             return
+        if experiment.patterns is not None:
+            self.followed = "not followed: they are cut for predictions, and the target is where heads look"
+            return
         try:
             wiring = wiring_of(experiment.subject, int(experiment.tokens.shape[1]))
         except Unavailable as reason:
@@ -107,13 +114,13 @@ class Trace:
 
     def _test(self, total: Tensor) -> None:
         """Whether what was found is a circuit."""
-        circuit: list[Head] = [(layer, head) for layer, head in self._members(total)[0] if head is not None]
+        circuit = [part for part in self._members(total)[0] if part in self.whole.parts]
         of_target = circuit if not self.label else self.labelled.intersection(circuit)
         if not self.why and not of_target:
             self.why = _none_counts(self.experiment, self.labelled, self.label, total)
         if not self.why:
-            race = self.rules.on
-            self.tested = check(self.experiment, circuit, self.random, self.rules.seed, self.least, race)
+            options = {"race": self.rules.on, "whole": self.whole}
+            self.tested = check(self.experiment, circuit, self.random, self.rules.seed, self.least, **options)
 
     def _note(self, sentence: str) -> None:
         self.race += [sentence] if sentence else []
@@ -121,9 +128,9 @@ class Trace:
     # ---- what is known -------------------------------------------------------------------------------------------
 
     def total(self) -> Tensor:
-        """What ablating all heads does, by sequence, as far as that is known."""
+        """What ablating all that a circuit is part of does, by sequence, as far as that is known."""
         experiment = self.experiment
-        every = name_of_set(experiment, experiment.subject.heads)
+        every = name_of_set(experiment, self.whole.parts)
         upto = min(experiment.ledger.count(every), len(experiment.tokens))
         values = experiment.ledger.table([CLEAN, every], upto)
         return values[1] - values[0]
@@ -154,7 +161,8 @@ class Trace:
         members, paths = self._members(self.total())
         facts = {**subject.facts, **experiment.facts, "threshold": float(rules.threshold), "paths": self.followed}
         graph = networkx.DiGraph(**facts)
-        graph.graph["target"] = self.label or experiment.metric.name
+        graph.graph["target"] = self.target or experiment.metric.name
+        graph.graph["whole"] = self.whole.name
         graph.graph.update(d_model=subject.shape.d_model, parallel_attn_mlp=subject.shape.sublayers == "parallel")
         graph.graph.update(race="; ".join(self.race), finished=not self.stage)
         add_nodes(graph, subject, self.heads, self.labels, members)

@@ -28,7 +28,7 @@ _INTERRUPTED = 130
 
 def trace(
     model: Model,
-    target: Annotated[str, typer.Option(help="induction, previous_token or averaging.")] = "induction",
+    target: Annotated[str, typer.Option(help="induction, previous_token, averaging or sink.")] = "induction",
     how: Annotated[str, typer.Option(help="What stands in for an ablated part: mean, zero or resample.")] = "mean",
     threshold: Annotated[float, typer.Option(help="Least share, of what all heads bring, of a part.")] = 0.02,
     random: Annotated[int, typer.Option(help="Random circuits to compare with, where it is close.")] = 50,

@@ -246,7 +246,8 @@ def test_bert_is_refused_in_a_sentence():
     [
         (
             {"target": "copying"},
-            "target is 'copying': choose induction, previous_token, averaging, or give a function (logits, tokens).",
+            "target is 'copying': choose induction, previous_token, averaging, sink, or give a function (logits, "
+            "tokens).",
         ),
         ({"how": "pattern_preserving"}, "how is 'pattern_preserving': choose one of zero, mean, resample."),
         (

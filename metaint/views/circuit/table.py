@@ -36,9 +36,10 @@ def print_circuit(console: Console, circuit: networkx.DiGraph) -> None:
             by = BY.get(data.get("by", ""), "")
             table.add_row(escape(writer), escape(reader), by, *_effect(data), _composition(data))
         console.print(table)
+    whole = escape(str(circuit.graph.get("whole", "all heads")))
     console.print(
         f"[dim]ablated, cut: {escape(str(circuit.graph.get('metric', 'the metric')))} with the part ablated or the "
-        "path cut, minus without; share: of what ablating all heads does; composition: how much of what is written is "
+        f"path cut, minus without; share: of what ablating {whole} does; composition: how much of what is written is "
         "read there, by the weights, and z over chance. Parts below the threshold are left out: a circuit tells what "
         "could be found here, not all that takes part.[/]\n"
     )

@@ -137,7 +137,8 @@ def _effect(data: Mapping[str, Any], graph: Mapping[str, Any], doing: str) -> It
         interval = _given(f"95 %: {figure(low)} to {figure(high)}", low + high)
         yield f"{told}: {figure(effect, True)}{unit_of(graph)}{interval}"
     if not math.isnan(share):
-        yield f"share of all heads: {percent(share)}{'' if share == 0 else ', helpful' if share > 0 else ', harmful'}"
+        whole = plain(graph.get("whole", "all heads"))
+        yield f"share of {whole}: {percent(share)}{'' if share == 0 else ', helpful' if share > 0 else ', harmful'}"
     if not math.isnan(sequences := value(data, "sequences")):
         yield f"measured on: {sequences:.0f} sequences"
     if not math.isnan(first := value(data, "first_position")):
