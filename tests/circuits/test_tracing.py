@@ -5,15 +5,18 @@ import json
 import pytest
 
 import metaint
-from metaint.circuits import race, tracing
+from metaint.circuits import circuit, race, tracing
+from metaint.circuits.ablation import ablate
 from metaint.circuits.circuit import trace_circuit
 from metaint.circuits.ledger import Ledger
 from metaint.errors import InputError, StoreError
 from metaint.tasks import repeated_tokens
+from tests.builders import available_kinds, build
 from tests.circuits.planted import CIRCUIT, circuit_model, doubled_model, traces
 from tests.planted import VOCAB
 
 TOKENS = repeated_tokens(VOCAB, 20, batch=16)
+KIND = "gpt2" if "gpt2" in available_kinds() else available_kinds()[0]
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +200,32 @@ def test_bad_input(planted, arguments, sentence):
     with pytest.raises(InputError) as error:
         trace_circuit(planted, TOKENS, **arguments)
     assert str(error.value) == sentence
+
+
+# ---- the origin of the sink --------------------------------------------------------------------------------------
+
+
+def test_what_makes_heads_look_at_position_0(monkeypatch):
+    """Of random weights too something decides where heads look; effects are those of `ablate`, MLPs among them."""
+    model, tokens = build(KIND), repeated_tokens(96, 8, batch=12, ids=(5, 95))
+    monkeypatch.setattr(circuit, "_labels", lambda heads: {(1, 0): ["sink"], (1, 2): ["sink"]})
+    traced = trace_circuit(model, tokens, target="sink", random=10, threshold=0.005)
+    metric = metaint.scan_metric("first_token", heads=["1.0", "1.2"])
+    assert (traced.graph["target"], traced.graph["metric"]) == ("sink", metric.name)
+    assert traced.graph["paths"].startswith("not followed: ")
+    assert "what all heads and MLPs bring to first_token of 1.0, 1.2 is there with the" in traced.graph["why"]
+    every = ablate(model, tokens, sets={"all": ["heads", "mlps"]}, metric=metric, how="mean")["set_effect"].item()
+    parts = {name: data for name, data in traced.nodes(data=True) if data["kind"] in ("head", "mlp")}
+    assert {data["kind"] for data in parts.values()} == {"head", "mlp"}
+    for name, data in parts.items():
+        alone = ablate(model, tokens, sets=[[name]], metric=metric, how="mean")["set_effect"].item()
+        assert data["effect"] == pytest.approx(alone, abs=1e-7)
+        assert data["share"] == pytest.approx(alone / every, abs=1e-5)
+        assert data["layer"] == 0  # what comes later writes nothing that these heads read
+
+
+def test_a_model_without_sinks_has_no_origin_of_them(planted, monkeypatch):
+    monkeypatch.setattr(circuit, "_labels", lambda heads: {})
+    with pytest.raises(InputError) as error:
+        trace_circuit(planted, TOKENS, target="sink")
+    assert str(error.value) == "target is 'sink', and no head of the model is labelled so: choose another."
