@@ -21,12 +21,12 @@ from ablation import by_sequence, gpt2
 
 from metaint import open_model
 from metaint.circuits import race as racing
-from metaint.circuits.circuit import PRECISION, THRESHOLD
+from metaint.circuits.circuit import PRECISION
 from metaint.circuits.counting import known_parts, race_parts
 from metaint.circuits.experiment import Experiment, run, set_up
 from metaint.circuits.ledger import Ledger
 from metaint.circuits.parts import Part, part_name
-from metaint.circuits.race import Rules
+from metaint.circuits.race import THRESHOLD, Rules
 from metaint.circuits.subject import subject_of
 from metaint.scanning.given import default_tokens
 

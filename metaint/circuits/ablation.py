@@ -16,6 +16,8 @@ from torch import Tensor
 from metaint.circuits.experiment import interval, run, set_up
 from metaint.circuits.metrics import MetricFunction
 from metaint.circuits.parts import Named, chosen_parts, named_sets
+from metaint.circuits.race import THRESHOLD, Rules
+from metaint.circuits.raced import raced
 from metaint.circuits.scan_metrics import ScanMetric
 from metaint.circuits.subject import subject_of
 from metaint.models.audit import require
@@ -42,6 +44,7 @@ def ablate(
     positions: Iterable[int] | None = None,
     sets: Mapping[str, Sequence[str]] | Sequence[Sequence[str]] | None = None,
     batch_size: int | None = None,
+    race: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> xr.Dataset:
@@ -62,7 +65,9 @@ def ablate(
     - `positions`: ablate there alone, counted from 0 in each sequence, a BOS too; None is everywhere.
     - `sets`: lists of such names, or a mapping with a name for each.
     - `batch_size`: sequences run at once, copies counted (None: as many as have 4096 tokens).
-    - `progress`: show a bar.
+    - `race`: run on fewer sequences what plainly brings less than 2 % of what all heads do (`circuits/race.py`), with
+      an effect of those sequences; `attrs["race"]` says how many of these may bring more.
+    - `progress`: show how far it is, and while it races the largest effects so far.
 
     Gives means over sequences of the metric after minus before, in its own units, with 95 % bootstrap intervals over
     sequences in `_low` and `_high`:
@@ -96,7 +101,11 @@ def ablate(
     together = [*(part.parts(shape) for part in chosen), *named.values()]
     if any(head is None for parts_of_one in together for _, head in parts_of_one):
         require(model, ["edit_mlp"])
-    values = run(experiment, together)
+    if race:
+        values, outcome = raced(experiment, together, Rules(THRESHOLD, seed=seed))
+        experiment.facts["race"] = outcome.sentence("parts")
+    else:
+        values = run(experiment, together)
     changes = torch.cat([values[:1], values[1:] - values[:1]])
     clean, *effects = interval(changes * experiment.weights, over=experiment.weights[None])
     variables = {**_with_ends("clean", (), clean), **_by_part(shape, chosen, effects)}

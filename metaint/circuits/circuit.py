@@ -18,7 +18,7 @@ from metaint.circuits.experiment import Experiment, set_up
 from metaint.circuits.ledger import Ledger, checksum, weights_checksum
 from metaint.circuits.metrics import MetricFunction
 from metaint.circuits.parts import Part, part_name
-from metaint.circuits.race import Rules
+from metaint.circuits.race import THRESHOLD, Rules
 from metaint.circuits.scan_metrics import ScanMetric, scan_metric
 from metaint.circuits.subject import Subject, subject_of
 from metaint.circuits.tracing import Trace
@@ -36,7 +36,6 @@ TARGETS = {
 }
 # What is traced by where heads look: the origin of the attention sink.
 SINK = "sink"
-THRESHOLD = 0.02
 PRECISION = 0.05
 _HOW = ("zero", "mean", "resample")
 

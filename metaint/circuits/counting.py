@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metaint.circuits.experiment import CLEAN, Experiment, interval, name_of_set, run
 from metaint.circuits.graph import Effect
-from metaint.circuits.parts import Part
+from metaint.circuits.parts import Part, part_name
 from metaint.circuits.paths import (
     EMBEDDING,
     LOGITS,
@@ -28,9 +28,12 @@ from metaint.circuits.paths import (
     writers_of,
 )
 from metaint.circuits.race import JUDGED, Outcome, Rules, race
+from metaint.scanning.progress import tell
 
 # Dropped paths that are tried, in place of the larger sample of parts.
 PATHS_TRIED = 20
+# Parts that are named while a race runs.
+_SHOWN = 8
 T = TypeVar("T")
 
 
@@ -44,10 +47,18 @@ def race_parts(
 
     def measure(numbers: Sequence[int], upto: int) -> Tensor:
         values = run(experiment, [[parts[i]] for i in numbers], upto, f"parts, {upto} sequences")
+        if experiment.progress:
+            tell(f"most so far: {_strongest(known_parts(experiment, parts, total))}")
         return values[1:] - values[:1]
 
     always = [i for i, part in enumerate(parts) if part in labelled]
     return race(measure, len(parts), always, total, rules)
+
+
+def _strongest(effects: Mapping[Part, Effect]) -> str:
+    """The parts that bring most, with their shares."""
+    ranked = sorted(effects, key=lambda part: effects[part].share, reverse=True)
+    return ", ".join(f"{part_name(part)} {100 * effects[part].share:.0f} %" for part in ranked[:_SHOWN])
 
 
 def known_parts(experiment: Experiment, parts: Sequence[Part], total: Tensor) -> dict[Part, Effect]:

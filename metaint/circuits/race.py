@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# The line: the share of what all heads bring from which on something counts.
+THRESHOLD = 0.02
 # So few are all measured on everything: there is nothing to save.
 FEW = 32
 # Sequences of the first round; each round doubles them.

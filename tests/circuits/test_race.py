@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 
+import metaint
 from metaint.circuits import race as racing
 from metaint.circuits.race import Outcome, Rules, race, upper_bound
+from metaint.tasks import repeated_tokens
+from tests.circuits.planted import circuit_model
+from tests.planted import VOCAB
 
 
 class Field:
@@ -120,3 +124,23 @@ def test_a_sample_of_all_leaves_nothing_unknown():
     outcome = field.race(sample=1000)
     assert outcome.missed == 0
     assert outcome.sentence("parts") == "all 95 parts below the line were measured until it was plain, and none counts"
+
+
+# ---- ablate ------------------------------------------------------------------------------------------------------
+
+
+def test_ablate_races_to_the_same_effects(monkeypatch, capsys):
+    """Those that count are measured on all sequences, as without a race; others on few, and are small."""
+    monkeypatch.setattr(racing, "FEW", 1)
+    model, tokens = circuit_model(), repeated_tokens(VOCAB, 20, batch=16)
+    exact = metaint.ablate(model, tokens, how="mean")
+    raced = metaint.ablate(model, tokens, how="mean", race=True, progress=True)
+    for head in ((0, 0), (1, 0)):
+        for name in ("effect", "effect_low", "effect_high"):
+            assert float(raced[name][head]) == pytest.approx(float(exact[name][head]), abs=1e-5)
+    small = exact["effect"] < 0.02 * exact["effect"].max()
+    assert int(small.sum()) > 8
+    assert float(raced["effect"].where(small).max()) < 0.05 * float(exact["effect"].max())
+    assert raced.attrs["race"].endswith("none counts")
+    assert "race" not in exact.attrs
+    assert "most so far: 0.0 " in (told := capsys.readouterr().err) or "most so far: 1.0 " in told
