@@ -18,6 +18,8 @@ from metaint.circuits.beside import PartSet, check_random, heads_beside, sets_be
 from metaint.circuits.experiment import interval, run, set_up
 from metaint.circuits.metrics import MetricFunction
 from metaint.circuits.parts import Head, Named, chosen_parts, named_sets
+from metaint.circuits.race import THRESHOLD, Rules
+from metaint.circuits.raced import raced
 from metaint.circuits.scan_metrics import ScanMetric
 from metaint.circuits.subject import subject_of
 from metaint.errors import door
@@ -49,6 +51,7 @@ def ablate(
     sets: Mapping[str, Sequence[str]] | Sequence[Sequence[str]] | None = None,
     random: int = 8,
     batch_size: int | None = None,
+    race: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> xr.Dataset:
@@ -71,7 +74,9 @@ def ablate(
     - `random`: how many random heads, or sets of heads, of the same layers stand beside each, drawn by `seed`; 0 for
       none. Where all heads of a layer are asked for, all the others stand beside each, at no cost.
     - `batch_size`: sequences run at once, copies counted (None: as many as have 4096 tokens).
-    - `progress`: show a bar.
+    - `race`: run on fewer sequences what plainly brings less than 2 % of what all heads do (`circuits/race.py`), with
+      an effect of those sequences; `attrs["race"]` says how many of these may bring more.
+    - `progress`: show how far it is, and while it races the largest effects so far.
 
     Gives means over sequences of the metric after minus before, in its own units, with 95 % bootstrap intervals over
     sequences in `_low` and `_high`:
@@ -115,7 +120,11 @@ def ablate(
     together = list(dict.fromkeys([*asked, *beside]))
     if any(head is None for parts_of_one in together for _, head in parts_of_one):
         require(model, ["edit_mlp"])
-    values = run(experiment, together)
+    if race:
+        values, outcome = raced(experiment, together, Rules(THRESHOLD, seed=seed))
+        experiment.facts["race"] = outcome.sentence("parts")
+    else:
+        values = run(experiment, together)
     changes = torch.cat([values[:1], values[1:] - values[:1]])
     clean, *rows = interval(changes * experiment.weights, over=experiment.weights[None])
     effects = dict(zip(together, rows, strict=True))

@@ -3,21 +3,21 @@
 In: a subject, tokens, what stands in for a part, a metric. Out: the metric of each sequence, for each set of parts.
 """
 
-import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from metaint.circuits.clean import Clean, clean_pass
+from metaint.circuits.ledger import Ledger
 from metaint.circuits.metrics import Metric, MetricFunction, metric_of, places_of, values_of
-from metaint.circuits.parts import Part
+from metaint.circuits.parts import Part, part_name
 from metaint.circuits.passes import outcomes
 from metaint.circuits.scan_metrics import Patterns, ScanMetric
 from metaint.circuits.stand import Stand, means_of
@@ -30,10 +30,13 @@ from metaint.models.audit import require
 from metaint.models.reading import steady
 from metaint.probes.heads import HeadProbe
 from metaint.scanning.given import given_inputs
+from metaint.scanning.progress import progress_of
 
 HOW = ("zero", "mean", "resample", "pattern_preserving")
 # Tokens that are run at once by default: enough to keep a CPU busy, and few enough for its caches and for logits.
 TOKENS = 4096
+# What the model as it is is called in the ledger.
+CLEAN = "clean"
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Experiment:
     facts: dict[str, Any] = field(default_factory=dict)
     # By layer, the mean of hook_z [head, d_head], of what the MLP writes and of the embedding [d_model].
     means: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 # ---- setting up --------------------------------------------------------------------------------------------------
@@ -165,37 +169,68 @@ def cycle(count: int, seed: int) -> Int[Tensor, " batch"]:
 
 
 def batches(
-    experiment: Experiment, *, mlps: bool = False, also: Sequence[str] = ()
-) -> Iterator[tuple[slice, Clean, Stand]]:
-    """Each batch of sequences, its clean pass, and what stands in for its parts; to be run within `steady`."""
+    experiment: Experiment, rows: Iterable[slice], *, mlps: bool = False, also: Sequence[str] = ()
+) -> Iterator[tuple[Clean, Stand]]:
+    """The clean pass of each batch of sequences, and what stands in for its parts; to be run within `steady`."""
     subject, tokens = experiment.subject, experiment.tokens
     if experiment.how == "mean" and not (experiment.means and (experiment.means["mlp"] or not mlps)):
-        experiment.means = means_of(subject, tokens, experiment.batch_size, mlps)
+        experiment.means = means_of(subject, tokens, experiment.batch_size, mlps or subject.has_mlps)
     preserve = experiment.how == "pattern_preserving"
-    for start in range(0, len(tokens), experiment.batch_size):
-        rows = slice(start, min(start + experiment.batch_size, len(tokens)))
-        places = places_of(experiment.metric, tokens[rows])
-        reader = None if experiment.patterns is None else experiment.patterns.reader(tokens[rows])
-        clean = clean_pass(subject, tokens[rows], places, mlps=mlps, patterns=preserve, also=also, reader=reader)
+    for some in rows:
+        places = places_of(experiment.metric, tokens[some])
+        reader = None if experiment.patterns is None else experiment.patterns.reader(tokens[some])
+        clean = clean_pass(subject, tokens[some], places, mlps=mlps, patterns=preserve, also=also, reader=reader)
         donor = None
         if experiment.donors is not None:
-            given = tokens[experiment.donors[rows].to(tokens.device)]
+            given = tokens[experiment.donors[some].to(tokens.device)]
             donor = clean_pass(subject, given, torch.zeros_like(given, dtype=torch.bool), mlps=mlps)
-        yield rows, clean, Stand(experiment.how, clean, donor, experiment.means, experiment.at)
+        yield clean, Stand(experiment.how, clean, donor, experiment.means, experiment.at)
 
 
-def run(experiment: Experiment, sets: Sequence[Iterable[Part]]) -> Float[Tensor, "1+set sequence"]:
-    """The metric of each sequence, of the model as it is and without each set of parts, in float64 on the CPU."""
-    values = torch.full((1 + len(sets), len(experiment.tokens)), math.nan, dtype=torch.float64)
-    mlps = any(head is None for parts in sets for _, head in parts)
-    total, quiet = len(sets) * len(experiment.tokens), not experiment.progress
-    with steady(experiment.subject.model), tqdm(total=total, desc="ablate", disable=quiet, leave=False, delay=2) as bar:
-        for rows, clean, stand in batches(experiment, mlps=mlps):
-            values[0, rows] = measured(experiment, clean, clean.outcome)
-            for i, value in variants_measured(experiment, clean, [stand.without(parts) for parts in sets]):
-                values[1 + i, rows] = value
-                bar.update(len(clean.tokens))
-    return values
+def stretches(experiment: Experiment, names: Sequence[str], upto: int) -> list[tuple[slice, list[int]]]:
+    """The batches in which something of the first `upto` sequences is not measured yet, and the numbers of what."""
+    counts = [experiment.ledger.count(name) for name in names]
+    ends = sorted({*(count for count in counts if count < upto), upto})
+    batches: list[tuple[slice, list[int]]] = []
+    for begin, end in pairwise(ends):
+        numbers = [i for i, count in enumerate(counts) if count <= begin]
+        starts = range(begin, end, experiment.batch_size)
+        batches += [(slice(start, min(start + experiment.batch_size, end)), numbers) for start in starts]
+    return batches
+
+
+def run(
+    experiment: Experiment, sets: Sequence[Iterable[Part]], upto: int | None = None, what: str = "ablate"
+) -> Float[Tensor, "1+set sequence"]:
+    """The metric of each sequence, of the model as it is and without each set of parts, in float64 on the CPU.
+
+    Of the first `upto` sequences, or of all; what the experiment's ledger holds is not run again.
+    """
+    upto = len(experiment.tokens) if upto is None else upto
+    every: list[list[Part]] = [[], *(sorted(set(parts), key=str) for parts in sets)]
+    ledger, names = experiment.ledger, [name_of_set(experiment, parts) for parts in every]
+    first_of = {name: i for i, name in reversed(list(enumerate(names)))}
+    missing = stretches(experiment, list(first_of), upto)
+    numbers = list(first_of.values())
+    mlps = any(head is None for parts in every for _, head in parts)
+    total = sum((rows.stop - rows.start) * len(some) for rows, some in missing)
+    model = experiment.subject.model
+    with steady(model), progress_of(what, total, experiment.progress and total > 0) as advance:
+        for (rows, some), (clean, stand) in zip(
+            missing, batches(experiment, [rows for rows, _ in missing], mlps=mlps), strict=True
+        ):
+            chosen = [numbers[i] for i in some]
+            for i, value in variants_measured(experiment, clean, [stand.without(every[j]) for j in chosen]):
+                ledger.add(names[chosen[i]], rows.start, value)
+                advance(len(value))
+    return ledger.table(names, upto)
+
+
+def name_of_set(experiment: Experiment, parts: Iterable[Part]) -> str:
+    """What a set of parts is called in the ledger."""
+    names = sorted(map(part_name, parts))
+    at = "" if experiment.at is None else f" at {experiment.at.nonzero().flatten().tolist()}"
+    return f"without {', '.join(names)}{at}" if names else CLEAN
 
 
 def variants_measured(

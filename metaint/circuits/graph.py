@@ -13,32 +13,30 @@ import xarray as xr
 from torch import Tensor
 
 from metaint.circuits.parts import Part, part_name
-from metaint.circuits.paths import EMBEDDING, LOGITS, Node, is_head
+from metaint.circuits.paths import EMBEDDING, LOGITS, Node, is_head, node_name
 from metaint.circuits.subject import Subject
 from metaint.measures.composition import composition, read_factor, write_factor
 from metaint.models.memory import Memories
 
 
 class Effect(NamedTuple):
-    """What cutting something does to the metric: mean, interval, and share of what taking out all heads does."""
+    """What cutting something does to the metric: mean, interval, share of what taking out all heads does, and on how
+    many sequences that was measured."""
 
     effect: float
     low: float
     high: float
     share: float
+    sequences: int = 0
 
-    def attributes(self) -> dict[str, float]:
+    def attributes(self) -> dict[str, float | int]:
         """As they stand on nodes and edges."""
-        return {"effect": self.effect, "effect_low": self.low, "effect_high": self.high, "share": self.share}
+        ends = {"effect_low": self.low, "effect_high": self.high}
+        return {"effect": self.effect, **ends, "share": self.share, "sequences": self.sequences}
 
     def counts(self, threshold: float) -> bool:
         """Whether as much is lost, and more than chance explains."""
         return self.share >= threshold and (self.low > 0 or self.high < 0)
-
-
-def name_of(node: Node) -> str:
-    """A node's name in the graph: "5.1" for a head, "mlp 3" for the MLP of a layer, "embedding" and "logits"."""
-    return node if isinstance(node, str) else part_name(node)
 
 
 def add_nodes(
@@ -76,7 +74,7 @@ def add_edges(graph: networkx.DiGraph, subject: Subject, paths: Mapping[tuple[No
         attributes: dict[str, Any] = effects[""].attributes()
         attributes |= {f"effect_{by}": effect.effect for by, effect in single.items()}
         attributes["by"] = max(single, key=lambda by: single[by].share) if single else ""
-        graph.add_edge(*map(name_of, ends), **attributes, **reads.get(ends, {}))
+        graph.add_edge(*map(node_name, ends), **attributes, **reads.get(ends, {}))
 
 
 def _reads(subject: Subject, pairs: Sequence[tuple[Any, Any]]) -> dict[tuple[Any, Any], dict[str, float]]:

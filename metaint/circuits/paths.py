@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaint.circuits.clean import Clean, read_out
-from metaint.circuits.experiment import Experiment, batches, measured, variants_measured
-from metaint.circuits.parts import Part
+from metaint.circuits.experiment import CLEAN, Experiment, batches, measured, stretches, variants_measured
+from metaint.circuits.parts import Part, part_name
 from metaint.circuits.passes import read_by_mlp
 from metaint.circuits.stand import Stand
 from metaint.circuits.subject import Subject
@@ -32,6 +32,7 @@ from metaint.models.folded import FoldedWeights, normaliser, norms_of
 from metaint.models.invariants import Scoring, score_hooks, scoring_of
 from metaint.models.reading import Unavailable, steady, tolerance, widen
 from metaint.models.rotation import rotations
+from metaint.scanning.progress import progress_of
 
 EMBEDDING, LOGITS = "embedding", "logits"
 COMPONENTS = ("q", "k", "v", "qkv")
@@ -110,27 +111,59 @@ def _depth(sequential: bool, node: Node, reads: bool = False) -> float:
 _READ = ("hook_q", "hook_k", "hook_v", "hook_pattern")
 
 
-def cut(experiment: Experiment, wiring: Wiring, paths: Sequence[Path]) -> Float[Tensor, "1+path sequence"]:
-    """The metric of each sequence as the model is, and with each path cut, in float64; NaN for what cannot be cut."""
-    values = torch.full((1 + len(paths), len(experiment.tokens)), torch.nan, dtype=torch.float64)
-    to_reader: dict[Node, list[int]] = {}
-    for i, path in enumerate(paths):
-        to_reader.setdefault(path.reader, []).append(i)
-    layers = {reader[0] for reader in to_reader if not isinstance(reader, str) and reader[1] is not None}
-    also = [f"blocks.{layer}.attn.{name}" for layer in sorted(layers) for name in _READ]
+def cut(
+    experiment: Experiment, wiring: Wiring, paths: Sequence[Path], upto: int | None = None, what: str = "cut paths"
+) -> Float[Tensor, "1+path sequence"]:
+    """The metric of each sequence as the model is, and with each path cut, in float64; NaN for what cannot be cut.
+
+    Of the first `upto` sequences, or of all; what the experiment's ledger holds is not run again.
+    """
+    upto = len(experiment.tokens) if upto is None else upto
+    ledger, names = experiment.ledger, [CLEAN, *map(name_of_path, paths)]
+    missing = stretches(experiment, names, upto)
+    layers = sorted({path.reader[0] for path in paths if is_head(path.reader)})
+    also = [f"blocks.{layer}.attn.{name}" for layer in layers for name in _READ]
     also += wiring.lengths.values()
-    subject = experiment.subject
-    with steady(subject.model):
-        for rows, clean, stand in batches(experiment, mlps=subject.has_mlps, also=also):
-            values[0, rows] = measured(experiment, clean, clean.logits)
+    subject, rows = experiment.subject, [some for some, _ in missing]
+    total = sum((some.stop - some.start) * len(numbers) for some, numbers in missing)
+    with steady(subject.model), progress_of(what, total, experiment.progress and total > 0) as advance:
+        for (some, numbers), (clean, stand) in zip(
+            missing, batches(experiment, rows, mlps=subject.has_mlps, also=also), strict=True
+        ):
+            if 0 in numbers:
+                ledger.add(names[0], some.start, measured(experiment, clean, clean.logits))
             written = _Written(wiring, clean, stand)
-            for reader, numbers in to_reader.items():
-                if is_head(reader) and not _makes_its_pattern(wiring, clean, *reader):
-                    numbers = [i for i in numbers if paths[i].by == "v"]
-                of_reader = [paths[i] for i in numbers]
-                for i, value in _cut_from(experiment, wiring, written, reader, of_reader):
-                    values[1 + numbers[i], rows] = value
-    return values
+            for i, value in _cut_each(experiment, written, paths, [i - 1 for i in numbers if i]):
+                ledger.add(names[1 + i], some.start, value)
+                advance(len(value))
+    return ledger.table(names, upto)
+
+
+def _cut_each(
+    experiment: Experiment, written: "_Written", paths: Sequence[Path], numbers: Sequence[int]
+) -> Iterator[tuple[int, Float[Tensor, " batch"]]]:
+    """The metric of one batch with each of these paths cut, reader by reader."""
+    wiring, clean = written.wiring, written.clean
+    to_reader: dict[Node, list[int]] = {}
+    for i in numbers:
+        to_reader.setdefault(paths[i].reader, []).append(i)
+    for reader, of_reader in to_reader.items():
+        if is_head(reader) and not _makes_its_pattern(wiring, clean, *reader):
+            for i in (i for i in of_reader if paths[i].by != "v"):
+                yield i, torch.full((len(clean.tokens),), torch.nan, dtype=torch.float64)
+            of_reader = [i for i in of_reader if paths[i].by == "v"]
+        for i, value in _cut_from(experiment, wiring, written, reader, [paths[i] for i in of_reader]):
+            yield of_reader[i], value
+
+
+def name_of_path(path: Path) -> str:
+    """What a path is called in the ledger."""
+    return f"cut {node_name(path.writer)} to {node_name(path.reader)} {path.by}".strip()
+
+
+def node_name(node: Node) -> str:
+    """A node's name: "5.1" for a head, "mlp 3" for the MLP of a layer, "embedding" and "logits"."""
+    return node if isinstance(node, str) else part_name(node)
 
 
 @dataclass

@@ -38,6 +38,20 @@ def circuit_model(noise: float = 0.02, strength: float = 20.0, seed: int = 0) ->
     return model
 
 
+def doubled_model(strength: float) -> Any:
+    """The same with a second induction head, 1.3, that does what 1.0 does."""
+    model = circuit_model(strength=strength)
+    state = dict(model.state_dict())
+    first, other = slice(0, D_HEAD), slice(3 * D_HEAD, 4 * D_HEAD)
+    for name in "qkv":
+        for end in ("weight", "bias"):
+            if (full := f"blocks.1.attn.{name}.{end}") in state:
+                state[full][other] = state[full][first]
+    state["blocks.1.attn.o.weight"][:, other] = state["blocks.1.attn.o.weight"][:, first]
+    model.load_state_dict(state)
+    return model
+
+
 @torch.no_grad()
 def written_model(vocab: int = 16, length: int = 32, d: int = 96) -> Any:
     """The paper's two layers of one head with an induction head written in, exact: all vectors are orthonormal."""

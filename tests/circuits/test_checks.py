@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import metaint
-from metaint.circuits.checks import ENOUGH, KINDS, check_circuit, random_circuits
+from metaint.circuits.checks import check_circuit
 from metaint.circuits.metrics import in_context_loss
+from metaint.circuits.parts import all_heads
+from metaint.circuits.random_circuits import ENOUGH, KINDS, random_circuits
 from metaint.errors import InputError
 from metaint.models.describe import shape_of
 from metaint.tasks import repeated_tokens
@@ -103,23 +105,23 @@ def test_heads_that_harm_have_no_circuit(planted):
 
 def test_random_circuits_are_like_the_circuit(planted):
     circuit = [(0, 0), (0, 3), (1, 0)]
-    found, kind = random_circuits(shape_of(planted), circuit, 30, 0)
+    found, kind = random_circuits(all_heads(shape_of(planted)), circuit, 30, 0)
     assert kind == KINDS[0]
     assert len({frozenset(some) for some in found}) == 30
     assert all([layer for layer, _ in some] == [0, 0, 1] and not set(some) & set(circuit) for some in found)
-    assert random_circuits(shape_of(planted), circuit, 30, 0)[0] == found
-    assert random_circuits(shape_of(planted), circuit, 30, 1)[0] != found
-    every, _ = random_circuits(shape_of(planted), circuit, 1000, 0)
+    assert random_circuits(all_heads(shape_of(planted)), circuit, 30, 0)[0] == found
+    assert random_circuits(all_heads(shape_of(planted)), circuit, 30, 1)[0] != found
+    every, _ = random_circuits(all_heads(shape_of(planted)), circuit, 1000, 0)
     assert len(every) == len({frozenset(some) for some in every}) == math.comb(6, 2) * 7
 
 
 def test_where_few_are_left_any_layers_will_do(planted):
     circuit = [(0, j) for j in range(8)] + [(1, 0)]
-    found, kind = random_circuits(shape_of(planted), circuit, 50, 0)
+    found, kind = random_circuits(all_heads(shape_of(planted)), circuit, 50, 0)
     assert kind == KINDS[2]  # nine of the seven other heads there are none
     assert all(len(set(some)) == 9 and set(some) != set(circuit) for some in found)
     circuit = [(0, j) for j in range(7)]
-    found, kind = random_circuits(shape_of(planted), circuit, 50, 0)
+    found, kind = random_circuits(all_heads(shape_of(planted)), circuit, 50, 0)
     assert kind == KINDS[1]
     assert len(found) == math.comb(9, 7) >= ENOUGH
     assert not any(set(some) & set(circuit) for some in found)
@@ -127,7 +129,7 @@ def test_where_few_are_left_any_layers_will_do(planted):
 
 def test_a_model_that_is_all_circuit():
     model = written_model()
-    assert random_circuits(shape_of(model), [(0, 0), (1, 0)], 50, 0) == ([], KINDS[2])
+    assert random_circuits(all_heads(shape_of(model)), [(0, 0), (1, 0)], 50, 0) == ([], KINDS[2])
     found = check_circuit(model, ["0.0", "1.0"])
     assert found.attrs["found"] == 1
     assert found.attrs["why"].endswith("every head is in it, so that it is compared with no other.")

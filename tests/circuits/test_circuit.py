@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import metaint
-from metaint.circuits import counting
+from metaint.circuits import tracing
 from metaint.circuits.ablation import ablate
 from metaint.circuits.circuit import trace_circuit
 from metaint.circuits.metrics import in_context_loss, next_token_loss
@@ -17,8 +17,8 @@ from metaint.models.reading import Unavailable
 from metaint.tasks import bigram, repeated_tokens
 from metaint.toys.memory_transformer import memory_transformer
 from tests.builders import available_kinds, build
-from tests.circuits.planted import circuit_model, own_choice, traces, written_model
-from tests.planted import D_HEAD, VOCAB
+from tests.circuits.planted import circuit_model, doubled_model, own_choice, traces, written_model
+from tests.planted import VOCAB
 
 TOKENS = repeated_tokens(VOCAB, 20, batch=6)
 
@@ -131,23 +131,24 @@ def test_averaging_heads_that_write_to_nothing_are_no_circuit():
 
 
 def test_heads_that_stand_in_for_each_other_are_tried_together():
-    model = circuit_model(strength=40.0)
-    state = dict(model.state_dict())
-    first, other = slice(0, D_HEAD), slice(3 * D_HEAD, 4 * D_HEAD)
-    for name in "qkv":
-        for end in ("weight", "bias"):
-            if (full := f"blocks.1.attn.{name}.{end}") in state:
-                state[full][other] = state[full][first]
-    state["blocks.1.attn.o.weight"][:, other] = state["blocks.1.attn.o.weight"][:, first]
-    model.load_state_dict(state)
-    found = trace_circuit(model, TOKENS, random=4).graph
-    assert found["found"] is False
-    assert found["why"].startswith("None of the 2 heads labelled induction counts for in_context_loss by itself; ")
+    model = doubled_model(40.0)
+    found = trace_circuit(model, TOKENS, random=4)
+    assert {"1.0", "1.3"} <= set(found)
+    assert found.graph["verdict"] == "found"
+    assert {found.nodes[name].get("group") for name in ("1.0", "1.3")} == {1}
+    assert max(found.nodes[name]["share"] for name in ("1.0", "1.3")) < 0.02
+    assert sorted(found.nodes[name]["gain_share"] > 0.5 for name in ("1.0", "1.3")) == [False, True]
     together = ablate(model, TOKENS, sets=[["1.0", "1.3"]], how="mean")["set_effect"].item()
     brings = ablate(model, TOKENS, sets={"all": [f"{i}.{j}" for i in range(2) for j in range(8)]}, how="mean")
     share = round(100 * together / brings["set_effect"].item())
-    assert f"ablated together they take {share} % (" in found["why"]
     assert share > 80
+    assert "1.0" in (told := found.graph["groups"])
+    assert f"stand in for each other: ablated together they take {share} % (" in told
+
+
+def test_labelled_heads_that_count_apart_are_no_group(traced):
+    assert "groups" not in traced.graph
+    assert not any("group" in data for _, data in traced.nodes(data=True))
 
 
 def test_a_metric_of_ones_own(planted, traced):
@@ -220,7 +221,7 @@ def test_where_paths_can_not_be_followed(planted, monkeypatch):
     def unavailable(*args):
         raise Unavailable("weights are not to be trusted")
 
-    monkeypatch.setattr(counting, "wiring_of", unavailable)
+    monkeypatch.setattr(tracing, "wiring_of", unavailable)
     found = trace_circuit(planted, TOKENS, random=10)
     assert list(found) == ["embedding", "0.0", "1.0", "logits"]
     assert not found.edges
@@ -245,7 +246,8 @@ def test_bert_is_refused_in_a_sentence():
     [
         (
             {"target": "copying"},
-            "target is 'copying': choose induction, previous_token, averaging, or give a function (logits, tokens).",
+            "target is 'copying': choose induction, previous_token, averaging, sink, or give a function (logits, "
+            "tokens).",
         ),
         ({"how": "pattern_preserving"}, "how is 'pattern_preserving': choose one of zero, mean, resample."),
         (

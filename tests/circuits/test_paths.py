@@ -159,7 +159,7 @@ def test_like_transformer_lens(kind, how):
         pytest.skip("this TransformerLens has no exact path patching")
     model, letters = build(kind), "q" if kind == "llama" else "qkv"
     experiment = set_up(subject_of(model), TOKENS, how, "next_token_loss", batch_size=8, seed=0)
-    (_, clean, stand), *_ = batches(experiment)
+    (clean, stand), *_ = batches(experiment, [slice(0, len(experiment.tokens))])
     found = cut_by_us(model, [Path((0, 3), (1, head), by) for by in letters for head in range(4)], how)
     ablated = clean.z[0].clone()
     ablated[:, :, 3] = stand.of((0, 3))

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 import metaint
+from metaint.circuits.ledger import Ledger
 from metaint.views.circuit.table import print_circuit
 from tests.builders import available_kinds
 from tests.views.circuit.circuits import CIRCUITS, empty, of_gpt2, small
@@ -41,6 +42,40 @@ def test_a_circuit_is_traced_saved_drawn_and_reported(run, folder, tmp_path):
         assert run("report", tmp_path / "s.zarr", "-o", out, *views, *option)[0] == 0
         assert 'class="metaint-attention"' in out.read_text()
         out.unlink()
+
+
+@folders
+def test_a_trace_that_is_stopped_goes_on(run, folder, tmp_path, monkeypatch):
+    """Ctrl-C gives what is known, beside it what the same command goes on from; a finished circuit is never lost."""
+    circuit, journal = tmp_path / "c.graphml", tmp_path / "c.graphml.journal"
+    asked = ("trace", folder, "--random", 3, "--tokens", 400, "--threshold", 0.01, "-o", circuit)
+    add, left = Ledger.add, [12]
+
+    def stopping(self, name, start, values):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        add(self, name, start, values)
+
+    monkeypatch.setattr(Ledger, "add", stopping)
+    code, out, err = run(*asked)
+    assert code == 130
+    assert "unfinished" in out
+    assert f"the same command goes on from {journal}" in out
+    assert "looking at the model's hooks" in err
+    assert "parts, 4 sequences: " in err
+    assert metaint.load_circuit(circuit).graph["finished"] is False
+    assert journal.exists()
+    code, out, _ = run(*asked)
+    assert code == 0
+    assert not journal.exists()
+    assert metaint.load_circuit(circuit).graph["finished"] is True
+    left[0] = 12
+    whole = circuit.read_bytes()
+    code, out, _ = run(*asked)
+    assert code == 130
+    assert f"{circuit} holds another circuit and is left as it is" in out
+    assert circuit.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 from plotly import graph_objects as go
 
+from metaint.circuits.checks import VERDICTS
 from metaint.errors import InputError, door
 from metaint.views.circuit.words import figure as digits, percent
 from metaint.views.drawing.panels import GREY, VERMILION, finish, panels, short_name
@@ -79,7 +80,8 @@ def _draw_circuit(figure: go.Figure, check: xr.Dataset, name: str, row: int) -> 
 
 
 def _title(check: xr.Dataset) -> str:
-    return f"Circuit {'found' if check.attrs.get('found') else 'not found'}"
+    verdict = str(check.attrs.get("verdict", "found" if check.attrs.get("found") else "not found"))
+    return "Part of a circuit" if verdict == VERDICTS[1] else f"Circuit {verdict}"
 
 
 def _facts(check: xr.Dataset) -> str:

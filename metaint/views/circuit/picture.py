@@ -129,7 +129,7 @@ def _text(x: float, y: float, text: str, size: float, weight: int) -> str:
 
 
 def _written(name: str, data: Mapping[str, Any], graph: Graph) -> list[tuple[str, float]]:
-    """The lines in a box, each with its size: name, label, share."""
+    """The lines in a box, each with its size: name, label, where it matters if at one position alone, share."""
     lines = [(_cut(words.plain(name), _NAME), _NAME)]
     if labels := words.labels_of(data):
         target = graph.get("target")
@@ -137,6 +137,8 @@ def _written(name: str, data: Mapping[str, Any], graph: Graph) -> list[tuple[str
         first = min(labels, key=lambda label: (label != target, label in ("argmax", "averaging", "local"), label))
         more = f" +{len(labels) - 1}" if len(labels) > 1 else ""
         lines.append((_cut(first, _TEXT) + more, _TEXT))
+    if data.get("positions") == "first":
+        lines.append(("at position 0", _TEXT))
     if not math.isnan(share := _share(data)):
         lines.append((words.percent(share), _TEXT))
     return lines

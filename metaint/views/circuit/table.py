@@ -1,5 +1,6 @@
 """A circuit in the terminal: what it was tested for, its parts, and the paths between them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +21,11 @@ def print_circuit(console: Console, circuit: networkx.DiGraph) -> None:
     console.print()
     parts = [(name, data) for name, data in circuit.nodes(data=True) if data["kind"] in ("head", "mlp")]
     if parts:
-        table = plain_table("Parts", ("part", "label"), ("ablated", "95 % from", "to", "share"))
+        words, numbers = ("part", "label"), ("ablated", "95 % from", "to", "share", "sequences")
+        table = plain_table("Parts", words, numbers)
+        table.add_column("where")
         for name, data in sorted(parts, key=_share, reverse=True):
-            table.add_row(escape(name), escape(", ".join(labels_of(data))), *_effect(data))
+            table.add_row(escape(name), escape(", ".join(labels_of(data))), *_effect(data), *_measured(data))
         console.print(table)
     paths = [((writer, reader), data) for writer, reader, data in circuit.edges(data=True)]
     if paths:
@@ -32,9 +35,10 @@ def print_circuit(console: Console, circuit: networkx.DiGraph) -> None:
             by = BY.get(data.get("by", ""), "")
             table.add_row(escape(writer), escape(reader), by, *_effect(data), _composition(data))
         console.print(table)
+    whole = escape(str(circuit.graph.get("whole", "all heads")))
     console.print(
         f"[dim]ablated, cut: {escape(str(circuit.graph.get('metric', 'the metric')))} with the part ablated or the "
-        "path cut, minus without; share: of what ablating all heads does; composition: how much of what is written is "
+        f"path cut, minus without; share: of what ablating {whole} does; composition: how much of what is written is "
         "read there, by the weights, and z over chance. Parts below the threshold are left out: a circuit tells what "
         "could be found here, not all that takes part.[/]\n"
     )
@@ -47,6 +51,13 @@ def _share(item: tuple[Any, Mapping[str, Any]]) -> float:
 def _effect(data: Mapping[str, Any]) -> list[str]:
     low, high = (figure(value(data, name), True) for name in ("effect_low", "effect_high"))
     return [figure(value(data, "effect"), True), low, high, percent(value(data, "share"))]
+
+
+def _measured(data: Mapping[str, Any]) -> tuple[str, str]:
+    """On how many sequences, and where a part matters if that is at one position."""
+    count = value(data, "sequences")
+    where = "position 0 alone" if data.get("positions") == "first" else ""
+    return "" if math.isnan(count) else f"{count:.0f}", where
 
 
 def _composition(data: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ _SCORES = {
     "sink_rate": ("sink rate", " of sequences"),
 }
 _ASIDE = ("kind", "layer", "head", "labels", "effect", "effect_low", "effect_high", "share")
+_ASIDE += ("sequences", "first_position", "positions", "group", "gain", "gain_share")
 _LONGEST = 600
 
 
@@ -106,7 +107,7 @@ def edge_lines(writer: str, reader: str, data: Mapping[str, Any], graph: Mapping
 
 
 def heading(graph: Mapping[str, Any]) -> tuple[str, str, Sequence[str]]:
-    """What the circuit is of; "found", "not found" or "not tested"; and what was measured, in sentences."""
+    """What the circuit is of; its verdict, or "not tested"; and what was measured, in sentences."""
     metric, target = plain(graph.get("metric", "")), plain(graph.get("target", ""))
     title = f"Circuit for {target or metric or 'an unnamed target'}"
     title += f", by {metric}" if metric and metric != target else ""
@@ -118,9 +119,11 @@ def heading(graph: Mapping[str, Any]) -> tuple[str, str, Sequence[str]]:
     said = [f"{scores[0].upper()}{scores[1:]}."] if scores else []
     if isinstance(why := graph.get("why"), str) and why:
         said.append(plain(why))
-    if isinstance(paths := graph.get("paths"), str) and paths:
-        said.append(f"Direct paths: {plain(paths)}.")
-    return title, verdict, said
+    for name, told in (("groups", "Heads that stand in: "), ("race", "Race: "), ("paths", "Direct paths: ")):
+        if isinstance(sentence := graph.get(name), str) and sentence:
+            said.append(f"{told}{plain(sentence)}.")
+    verdict = "not tested" if not tested else "found" if graph["found"] else "not found"
+    return title, plain(graph.get("verdict", verdict)), said
 
 
 def _interval(graph: Mapping[str, Any], name: str) -> str:
@@ -138,8 +141,15 @@ def _effect(data: Mapping[str, Any], graph: Mapping[str, Any], doing: str) -> It
         interval = _given(f"95 %: {figure(low)} to {figure(high)}", low + high)
         yield f"effect of {doing}{way}: {figure(effect, True)}{unit_of(graph)}{interval}"
     if not math.isnan(share):
+        whole = plain(graph.get("whole", "all heads"))
         use = ", helpful" * (share > 0) + ", harmful" * (share < 0)
-        yield f"share of all heads: {percent(share)}{use}"
+        yield f"share of {whole}: {percent(share)}{use}"
+    if not math.isnan(sequences := value(data, "sequences")):
+        yield f"measured on: {sequences:.0f} sequences"
+    if not math.isnan(first := value(data, "first_position")):
+        yield f"of that at position 0 alone: {percent(first)}"
+    if not math.isnan(gain := value(data, "gain_share")):
+        yield f"adds, with its group ablated: {percent(gain)}"
 
 
 def unit_of(graph: Mapping[str, Any]) -> str:
