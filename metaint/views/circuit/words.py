@@ -119,10 +119,9 @@ def heading(graph: Mapping[str, Any]) -> tuple[str, str, Sequence[str]]:
     said = [f"{scores[0].upper()}{scores[1:]}."] if scores else []
     if isinstance(why := graph.get("why"), str) and why:
         said.append(plain(why))
-    for name, told in (("groups", "Heads that stand in: "), ("race", "Race: "), ("paths", "Direct paths: ")):
+    for name, lead in (("groups", "Heads that stand in: "), ("race", "Race: "), ("paths", "Direct paths: ")):
         if isinstance(sentence := graph.get(name), str) and sentence:
-            said.append(f"{told}{plain(sentence)}.")
-    verdict = "not tested" if not tested else "found" if graph["found"] else "not found"
+            said.append(f"{lead}{plain(sentence)}.")
     return title, plain(graph.get("verdict", verdict)), said
 
 
