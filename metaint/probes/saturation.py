@@ -26,9 +26,9 @@ from metaint.models.heads import OUT_OF_HEADS, by_head, repeat_heads
 from metaint.models.inputs import InputWatch
 from metaint.models.invariants import pattern_of, score_hooks, value_hook, values_of
 from metaint.models.protocol import Model
-from metaint.models.reading import first_tensor
+from metaint.models.reading import first_tensor, quietly
 from metaint.probes.means import Means, as_dataset
-from metaint.probes.probe import Probe, quietly
+from metaint.probes.probe import Probe
 from metaint.probes.saturation_rows import HeadRows, compare_logits
 from metaint.probes.saturation_variables import HEAD, LOGITS, SCALE, STREAM, STREAMS, UNIFORM, of_heads, variables_of
 from metaint.probes.stream import Rows, precise
