@@ -30,6 +30,7 @@ def attached(model: Model, probes: Sequence[Probe], private: bool, rows: int = 0
         probe.read_weights(model)
     with watching(model, masks_checked=private) as watch, ExitStack() as stack:
         watch.private = private
+        watch.wants_logits = not private or any(probe.reads_logits for probe in probes) or _hooked(model, "unembed")
         for module, hook in (pair for probe in probes for pair in probe.module_hooks(model)):
             stack.callback(module.register_forward_hook(hook).remove)
         hooks = [hook for probe in probes for hook in probe.hooks(model, watch)]
@@ -40,6 +41,11 @@ def attached(model: Model, probes: Sequence[Probe], private: bool, rows: int = 0
             stack.enter_context(streaming(model, readers, rows))
         with model.hooks(fwd_hooks=hooks):
             yield
+
+
+def _hooked(model: Model, part: str) -> bool:
+    """Whether the owner has hooks on a part of the model."""
+    return any(bool(point._forward_hooks) for name, point in model.hook_dict.items() if name.startswith(part))
 
 
 def hooks_beside(probe: Probe) -> list[str]:

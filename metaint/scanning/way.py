@@ -33,7 +33,8 @@ _TOKENS, _ROWS = 24, 7
 _DIFFERENCE, _TIES = 1e-5, 0.1
 _NO_INTERFACE = "its attention does not go through transformers' AttentionInterface"
 
-_checked: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
+# Of a model in one state, by what is read of it.
+_checked: WeakKeyDictionary[Any, tuple[Any, dict[Any, str]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,11 @@ def _why_not(model: Model, probes: Sequence[Probe]) -> str:
         return f"a hook of yours is on {hooked}, where a streamed pass does not come by"
     own = [m for probe in probes if isinstance(probe, HeadProbe) for m in probe.measures if m not in HEAD_MEASURES]
     groups = sorted({probe.group for probe in probes if not isinstance(probe, HeadProbe)})
-    key = (*groups, *own, bool(getattr(model, "compatibility_mode", False)), *stamp(model))
-    cached = _checked.setdefault(model, {})
+    state = (bool(getattr(model, "compatibility_mode", False)), stamp(model))
+    if model not in _checked or _checked[model][0] != state:
+        _checked[model] = (state, {})
+    cached, key = _checked[model][1], (*groups, *own)
     if key not in cached:
-        cached.clear()  # of weights that are no more
         cached[key] = _difference(model, probes, own)
     return cached[key]
 
