@@ -34,8 +34,8 @@ class InputWatch:
         self.passes = 0
         self.copies = 1
         self.readers: list[Callable[[Tensor], None]] = []
-        # Where nobody but readers wants the logits of the passes, the positions [copies, sample] they are made at; where
-        # nobody wants any, they are made at one position.
+        # Where nobody but readers wants the logits of the passes, the positions [copies, sample] they are made at;
+        # where nobody wants any, they are made at one position.
         self.private = False
         self.wants_logits = True
         self.logits_at: Tensor | None = None

@@ -23,6 +23,9 @@ from metaint.scanning.given import given_inputs
 from metaint.scanning.way import way_of
 from metaint.scans.assemble import assemble
 
+# Tokens in a streamed pass: more make it no faster, and its blocks of rows would leave a CPU's cache.
+STREAMED_TOKENS = 2048
+
 
 @contextmanager
 def attach(model: Model, *probes: Probe) -> Iterator[Any]:
@@ -64,7 +67,8 @@ def scan(
       (`metaint.default_tokens`).
     - `probes`: by default `[HeadProbe()]`.
     - `attention_mask`: [batch, position], 0 where a token is padding; padding never counts.
-    - `batch_size`: sequences in a pass. With a `SaturationProbe` each takes the place of several.
+    - `batch_size`: sequences in a pass, at most; a streamed one takes fewer long ones. With a `SaturationProbe` each
+      takes the place of several.
     - `attention`: "eager" reads the patterns that the model makes. "streamed" has each layer's attention computed by
       rows, through transformers' AttentionInterface, with the same numbers: in a fraction of the time, and in memory
       that grows with the length and not with its square. "auto" streams where that can be and says in the scan's
@@ -86,9 +90,11 @@ def scan(
     given = given_inputs(model, tokens, attention_mask=attention_mask, batch_size=batch_size, seed=seed)
     copies = max((probe.copies for probe in probes), default=1)
     size = max(1, batch_size // copies)
-    starts = range(0, len(given.tokens), size)
     wanted = "logits" if any(probe.reads_logits for probe in probes) else None
     way = way_of(model, probes, attention)
+    if way.streamed:
+        size = min(size, max(1, STREAMED_TOKENS // given.tokens.shape[1]))
+    starts = range(0, len(given.tokens), size)
     options: dict[str, Any] = {"use_cache": False} if way.streamed else {}
     with steady(model), attached(model, probes, private=True, rows=ROWS if way.streamed else 0):
         # A probe of the weights alone needs no pass.
