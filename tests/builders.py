@@ -139,9 +139,8 @@ _HOOKED: dict[str, dict[str, Any]] = {
 def _gpt2(**overrides: Any) -> Any:
     from transformers import GPT2Config
 
-    return GPT2Config(
-        vocab_size=D_VOCAB, n_positions=N_CTX, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, **overrides
-    )
+    sizes = {"vocab_size": D_VOCAB, "n_positions": N_CTX, "n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": N_HEADS}
+    return GPT2Config(**{**sizes, **overrides})
 
 
 def _neox(**overrides: Any) -> Any:

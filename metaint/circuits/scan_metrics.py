@@ -18,9 +18,11 @@ from metaint.errors import InputError, door
 from metaint.measures.attention import HEAD_MEASURES, Measure
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.invariants import pattern_hook
-from metaint.probes.heads import HeadProbe, check_rows
+from metaint.models.reading import quietly
+from metaint.probes.head_rows import check_rows
+from metaint.probes.heads import HeadProbe
 from metaint.probes.plan import Plan, plans_of
-from metaint.probes.probe import Hook, quietly
+from metaint.probes.probe import Hook
 from metaint.probes.stream import precise
 
 

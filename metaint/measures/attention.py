@@ -265,7 +265,7 @@ def sink_rate(tile: Tile) -> Float[Tensor, "batch head query"]:
 @statistic
 def sink_mass(tile: Tile) -> Float[Tensor, "batch head query"]:
     """Weight on no key at all, in [0, 1]: what a learnt sink (gpt-oss) takes of the row; uniform 0."""
-    return (1 - tile.pattern.sum(-1)).float().clamp(min=0)
+    return (1 - tile.total).clamp(min=0)
 
 
 sink_rate.per_sequence = is_sink
@@ -294,6 +294,10 @@ HEAD_MEASURES: tuple[Measure, ...] = (
     tied_keys_log,
     sink_rate,
 )
+# Statistics of how much weight there is, and not of how it is spread.
+OF_WEIGHTS = (sink_mass, sink_rate)
+# Statistics that tell a row by its weight on position 0, its sum and its sum of squares, and walk over no weights.
+WALKLESS = (*OF_WEIGHTS, effective_keys_l2)
 
 
 def resolve(measures: Iterable[Any] | None) -> tuple[Measure, ...]:

@@ -7,7 +7,8 @@ single row of a generation step are all tiles.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,8 +18,11 @@ from torch import Tensor
 TAUS = (0.0, 0.1, 0.5, 1.0, 2.0)
 # Smallest normal float32: keeps log finite on masked keys, and weighs nothing.
 TINY = torch.finfo(torch.float32).tiny
+# Pairs of tokens that are compared at once.
+MATCHED = 1 << 23
 # Rows are walked in blocks this large (elements), so that on a CPU a block stays in the cache for every statistic.
 BLOCK_CPU, BLOCK_DEVICE = 1 << 19, 1 << 25
+_WALKED = "walked "
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Context:
         """The context of a complete pattern: every key is also a query."""
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         return Context(torch.arange(tokens.shape[1], device=tokens.device), real, tokens, causal)
+
+    def rows(self, rows: slice, keys: int) -> "Context":
+        """Some of the queries, with the first keys alone, of which they see no later one."""
+        known = None if self.tokens is None else self.tokens[:, :keys]
+        return replace(self, queries=self.queries[rows], mask=self.mask[:, :keys], tokens=known)
 
     @cached_property
     def rank(self) -> Int[Tensor, "batch key"]:
@@ -107,9 +116,17 @@ class Context:
     def matches(self) -> tuple[Int[Tensor, " _"], Int[Tensor, " _"], Int[Tensor, " _"]]:
         """Indices (batch, query, key) of the earlier real keys that hold the query's own token, rising."""
         tokens = self.known_tokens.int()
-        batch, query, key = (tokens[:, self.queries, None] == tokens[:, None, :]).nonzero(as_tuple=True)
-        earlier = (key < self.queries[query]) & self.mask[batch, key]
-        return batch[earlier], query[earlier], key[earlier]
+        step = max(1, MATCHED // tokens.numel())
+        parts = []
+        for queries in self.queries.split(step) if len(self.queries) else (self.queries,):
+            batch, query, key = (tokens[:, queries, None] == tokens[:, None, :]).nonzero(as_tuple=True)
+            earlier = (key < queries[query]) & self.mask[batch, key]
+            parts.append((batch[earlier], query[earlier] + len(parts) * step, key[earlier]))
+        if len(parts) == 1:
+            return parts[0]
+        batch, query, key = (torch.cat(each) for each in zip(*parts, strict=True))
+        order = batch.argsort(stable=True)
+        return batch[order], query[order], key[order]
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,28 @@ class Tile:
 
     pattern: Float[Tensor, "batch head query key"]
     context: Context
+
+    @staticmethod
+    def of_rows(parts: Sequence[Mapping[str, Tensor]], context: Context) -> "Tile":
+        """A tile of rows whose weights are gone: what `row_statistics` read of its blocks, in order, is left of it."""
+        names = parts[0].keys()
+        whole = {name: torch.cat([part[name] for part in parts], -1) for name in names}
+        batch, heads, queries = whole["on_first"].shape
+        gone = torch.full((), math.nan, device=context.mask.device)
+        tile = Tile(gone.expand(batch, heads, queries, context.mask.shape[1]), context)
+        walked = {name.removeprefix(_WALKED): whole.pop(name) for name in names if name.startswith(_WALKED)}
+        tile.__dict__.update(whole, **({"walked": walked} if walked else {}))
+        return tile
+
+    def row_statistics(self, walking: bool) -> dict[str, Float[Tensor, "*tau batch head query"]]:
+        """What `of_rows` needs of a block: with `walking` all statistics of its rows, else those without a walk."""
+        walked = {_WALKED + name: value for name, value in self.walked.items()} if walking else {}
+        return {"on_first": self.on_first, "sum_squares": self.sum_squares, "total": self.total, **walked}
+
+    @cached_property
+    def total(self) -> Float[Tensor, "batch head query"]:
+        """Sum over keys of the weights: 1, but for what a learnt sink takes."""
+        return self.pattern.sum(-1).float()
 
     @property
     def n_visible(self) -> Float[Tensor, "batch 1 query"]:
@@ -179,7 +218,7 @@ def walk(
 ) -> dict[str, Float[Tensor, "*tau batch head query"]]:
     """Statistics of each row that need every weight, block by block so that memory is touched once.
 
-    Under a causal mask a block is cut at its diagonal, which halves the work.
+    Under a causal mask a block is cut at its diagonal, which halves the work, and where its window begins.
     """
     batch, heads, queries, keys = pattern.shape
     device = pattern.device
@@ -195,10 +234,11 @@ def walk(
     for start in range(0, queries, step):
         rows = slice(start, min(start + step, queries))
         stop = ends[rows.stop - 1] + 1 if context.causal else keys
+        begin = max(0, ends[start] - context.window + 1) if context.window else 0
         for b in range(batch):
-            block = pattern[b, :, rows, :stop]
+            block = pattern[b, :, rows, begin:stop]
             uniform = context.n_visible[b, rows].reciprocal()[:, None]
-            found = _walk_block(block, uniform, positions[:stop], falls, space)
+            found = _walk_block(block, uniform, positions[begin:stop], falls, space)
             for name, value in zip(names, found, strict=False):
                 out[name][b, :, rows] = value
             for i, count in enumerate(found[len(names) :]):

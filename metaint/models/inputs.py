@@ -36,8 +36,10 @@ class InputWatch:
         self.readers: list[Callable[[Tensor], None]] = []
         # Called when a pass begins.
         self.openers: list[Callable[[], None]] = []
-        # Where nobody but readers wants the logits of the passes, the positions [copies, sample] they are made at.
+        # Where nobody but readers wants the logits of the passes, the positions [copies, sample] they are made at;
+        # where nobody wants any, they are made at one position.
         self.private = False
+        self.wants_logits = True
         self.logits_at: Tensor | None = None
         self.gathered = False
         self._new: Tensor | None = None
@@ -176,6 +178,8 @@ def watching(model: Model, masks_checked: bool = False) -> Iterator[InputWatch]:
 
     def on_unembed(_: Any, args: tuple) -> tuple | None:
         where = watch.logits_at
+        if not watch.wants_logits and args and args[0].ndim == 3:
+            return (args[0][:, -1:], *args[1:])
         if where is None or not args or args[0].shape[:1] != where.shape[:1]:
             return None
         watch.gathered = True

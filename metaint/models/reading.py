@@ -135,6 +135,13 @@ def steady(model: Model) -> Iterator[None]:
 
 
 @contextmanager
+def quietly(device: str) -> Iterator[None]:
+    """Compute in full precision and off the tape, whatever mode the owner's forward pass runs in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+@contextmanager
 def untouched(model: Model) -> Iterator[None]:
     """Runs the model in eval mode, without gradients and without the hooks already on it; then puts all back.
 

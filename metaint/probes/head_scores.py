@@ -1,4 +1,7 @@
-"""Scores of heads with their baselines and intervals, from what each sequence sums to."""
+"""What the sums that `HeadProbe` keeps of each sequence come to: a measure's score with its interval and baselines.
+
+In: sums and counts by sequence. Out: values by the end of their variable's name.
+"""
 
 from jaxtyping import Float
 from torch import Tensor

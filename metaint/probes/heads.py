@@ -1,6 +1,6 @@
 """`HeadProbe`: every head measure in one forward pass, read at `hook_pattern` and folded into `/heads`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,13 +9,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from metaint.errors import ActivationError, door
-from metaint.measures.attention import Measure, resolve, shuffled, sink_mass, sink_rate
+from metaint.errors import door
+from metaint.measures.attention import OF_WEIGHTS, Measure, resolve, shuffled, sink_mass
 from metaint.measures.tile import TAUS, Context, Tile
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
 from metaint.models.protocol import Model
+from metaint.models.streamed import RowReader
 from metaint.probes.bundles import add_bundles, fingerprints
+from metaint.probes.head_rows import HeadRows, check_rows
 from metaint.probes.head_scores import each_sequence, off_sink, summarise
 from metaint.probes.lag_curves import add_states, fold_lags, lag_coordinate, lag_curves
 from metaint.probes.largest_logits import NAMES as LOGITS, ScoreReader, fold_logits, logit_variables
@@ -25,8 +27,6 @@ from metaint.scans.assemble import shaped
 
 # States that hold a row for each sequence.
 _LISTS = ("sums", "counts", "uniform", "beside_first")
-# Statistics of how much weight there is, and not of how it is spread.
-_OF_WEIGHTS = (sink_mass, sink_rate)
 
 
 class HeadProbe(Probe):
@@ -98,8 +98,7 @@ class HeadProbe(Probe):
     @property
     def measures(self) -> tuple[Measure, ...]:
         """What is read; where heads have learnt sinks and no measures were chosen, `sink_mass` too."""
-        sinks = self._all and self._shape is not None and self._shape.learnt_sinks
-        return (*self._chosen, sink_mass) if sinks else self._chosen
+        return (*self._chosen, sink_mass) if self._all and self.learnt_sinks else self._chosen
 
     @property
     def statistics(self) -> list[Measure]:
@@ -135,7 +134,8 @@ class HeadProbe(Probe):
             self.held[part] = activation
             return
         if self._opened:
-            self._begin(watch, activation)
+            batch, _, queries, keys = activation.shape
+            self.begin_pass(watch, batch, queries, keys, activation.device)
         if self._scores is not None:
             fold_logits(self, self._scores, int(layer), activation)
         plan = self._plans[int(layer)]
@@ -145,16 +145,18 @@ class HeadProbe(Probe):
             activation = torch.nn.functional.pad(activation, (missing, 0))
         self._fold(int(layer), Tile(activation, plan.context), plan)
 
-    def _begin(self, watch: InputWatch, pattern: Tensor) -> None:
+    def row_reader(self, watch: InputWatch) -> RowReader | None:
+        return None if self.max_logit or self.by_lag else HeadRows(self, watch)
+
+    def begin_pass(self, watch: InputWatch, batch: int, queries: int, keys: int, device: torch.device) -> None:
         """A forward pass starts: learn its inputs, and make room for its sequences unless they go on."""
         self._opened = False
-        batch, _, queries, keys = pattern.shape
-        inputs = watch.resolve(batch, queries, keys, pattern.device)
-        positions = torch.arange(inputs.past, inputs.past + queries, device=pattern.device)
-        tokens = None if inputs.tokens is None else inputs.tokens.to(pattern.device)
+        inputs = watch.resolve(batch, queries, keys, device)
+        positions = torch.arange(inputs.past, inputs.past + queries, device=device)
+        tokens = None if inputs.tokens is None else inputs.tokens.to(device)
         self._plans = plans_of(self.kinds, Context(positions, inputs.mask, tokens, self.shape.causal), self.shape)
         if inputs.past == 0 or not self.sums:
-            self._make_room(batch, pattern.device)
+            self._make_room(batch, device)
         self.prints[-1] += fingerprints(tokens, inputs.mask, inputs.past)
         self.tokens_seen = self.tokens_seen + inputs.mask[:, inputs.past :].sum()
 
@@ -172,16 +174,25 @@ class HeadProbe(Probe):
             self.null_variance = torch.zeros(kinds, dtype=full, device=device)
 
     def _fold(self, layer: int, tile: Tile, plan: Plan) -> None:
-        sums, counts, uniform = self.sums[-1], self.counts[-1], self.uniform[-1]
+        added = self.row_sums(plan, tile, self.sums[-1].dtype)
+        check_rows(tile, layer)
+        self.add(layer, tile, *added)
+
+    def add(
+        self,
+        layer: int,
+        tile: Tile,
+        added: Float[Tensor, "batch slot head"],
+        defined: Float[Tensor, "batch slot"],
+    ) -> None:
+        """Add a layer's sums over queries, and what its rows are compared with."""
+        sums, counts, uniform, plan = self.sums[-1], self.counts[-1], self.uniform[-1], self.plan(layer)
         n_kinds, full = len(self.kinds), sums.dtype
-        added, defined = self.row_sums(plan, tile, full)
-        check_rows(tile, layer)  # before anything is added
         sums[:, :, layer] += added
         counts[:, :, layer] += defined
         if self.statistics:
-            uniform[:, n_kinds:, layer] += plan.uniform_statistics(self._statistics, full)
-        sinks = self._shape is not None and self._shape.learnt_sinks
-        total = tile.pattern.sum(-1) if sinks else 1.0
+            uniform[:, n_kinds:, layer] += plan.uniform_statistics(self.statistics_of, full)
+        total = tile.total if self.learnt_sinks else 1.0
         if self.by_lag:
             fold_lags(self, layer, plan.lagged.read(tile, total, full))
         if self.kinds:
@@ -195,30 +206,52 @@ class HeadProbe(Probe):
         self, plan: Plan, tile: Tile, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "batch slot head"], Float[Tensor, "batch slot"]]:
         """What each measure sums to over the queries of each sequence, and for how many of them it is defined."""
-        sums, counts = [], []
-        if self.kinds:
-            sums.append(plan.weight_on_targets(tile.pattern, dtype))
-            counts.append(plan.defined.to(dtype))
-        if self.statistics:
-            values, defined = self._statistics(tile)
-            sums.append(values.sum(-1, dtype=dtype).transpose(0, 1))
-            counts.append(defined.sum(-1).mT.to(dtype))
-        return torch.cat(sums, 1), torch.cat(counts, 1)
+        return self.sums_of(plan, plan.weight_on_targets(tile.pattern, dtype), self.statistics_of(tile), dtype)
 
-    def _statistics(self, tile: Tile) -> tuple[Float[Tensor, "slot b head q"], Bool[Tensor, "slot b q"]]:
-        """Every statistic of every row, 0 where it is not defined, and where it is."""
+    def sums_of(
+        self, plan: Plan, kinds: Float[Tensor, "batch kind head"], rows: tuple[Tensor, Tensor], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "batch slot head"], Float[Tensor, "batch slot"]]:
+        """`row_sums` of the weight on the targets of kinds, and of the statistics of each row and where they are
+        defined."""
+        values, defined = rows
+        sums = [kinds, values.sum(-1, dtype=dtype).transpose(0, 1)]
+        return torch.cat(sums, 1), torch.cat([plan.defined.to(dtype), defined.sum(-1).mT.to(dtype)], 1)
+
+    def statistics_of(
+        self, tile: Tile, shape: Tile | None = None, known: Mapping[str, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "slot b head q"], Bool[Tensor, "slot b q"]]:
+        """Every statistic of every row, 0 where it is not defined, and where it is.
+
+        `shape` is the tile with rows that sum to one, and `known` what was read of some measures before.
+        """
         batch, heads, queries, _ = tile.pattern.shape
         rows = [torch.empty(0, batch, heads, queries, device=tile.pattern.device)]
-        shape = tile
-        if self._shape is not None and self._shape.learnt_sinks:  # rows that sum to less than one
-            total = tile.pattern.sum(-1, keepdim=True)
-            shape = Tile(tile.pattern / total.clamp(min=torch.finfo(total.dtype).tiny), tile.context)
+        known = known or {}
+        if shape is None and len(self.statistics) > len(known):
+            shape = self.whole_rows(tile)
         for measure in self.statistics:
-            values = measure(tile if measure in _OF_WEIGHTS else shape)
+            values = known.get(measure.name)
+            if values is None:
+                values = measure(tile if measure in OF_WEIGHTS else shape)
             rows.append(values if measure.per_tau else values[None])
         values = torch.cat(rows)
         defined = ~values.isnan().any(2) & tile.context.counted
         return values.masked_fill_(~defined[:, :, None], 0), defined
+
+    def whole_rows(self, tile: Tile) -> Tile:
+        """The tile with each row divided by its sum, where a learnt sink takes part of it."""
+        if not self.learnt_sinks:
+            return tile
+        total = tile.pattern.sum(-1, keepdim=True)
+        return Tile(tile.pattern / total.clamp(min=torch.finfo(total.dtype).tiny), tile.context)
+
+    @property
+    def learnt_sinks(self) -> bool:
+        return self._shape is not None and self._shape.learnt_sinks
+
+    def plan(self, layer: int) -> Plan:
+        """What is asked of a layer in the pass that is being read."""
+        return self._plans[layer]
 
     def compute(self) -> dict[str, Float[Tensor, "*slot layer head"]]:
         """Every variable of `/heads` by name, each (layer, head), or (tau, layer, head) for the tie counts."""
@@ -276,12 +309,3 @@ class HeadProbe(Probe):
                 yield name, added[:, slot], counted[:, slot]
             if measure.form == "kind" and measure.name != "first_token":
                 yield f"{measure.name}_off_sink", sums[:, place.start], beside_first[:, i]
-
-
-def check_rows(tile: Tile, layer: int) -> None:
-    """Raises ActivationError where a row is no number: not above 0 is NaN, or what HookedTransformer makes of it: 0."""
-    if not bool((tile.sum_squares > 0).mT[tile.context.counted].all()):
-        raise ActivationError(
-            f"blocks.{layer}.attn.hook_pattern holds NaN or infinity: the weights or the activations before it "
-            "overflow (try a wider dtype), or a sequence has no visible key."
-        )

@@ -17,9 +17,9 @@ from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
 from metaint.models.memory import LAGS, TOKENS, Embedding, Memories
 from metaint.models.protocol import Model
-from metaint.models.reading import Unavailable
+from metaint.models.reading import Unavailable, quietly
 from metaint.models.readout import readout_of
-from metaint.probes.probe import Probe, quietly
+from metaint.probes.probe import Probe
 from metaint.probes.stream import precise, widened_copy
 from metaint.scans.assemble import shaped
 

@@ -20,16 +20,21 @@ from metaint.models.inputs import InputWatch
 from metaint.models.invariants import value_hook, values_of
 from metaint.models.protocol import Model
 from metaint.models.reading import widen
+from metaint.models.streamed import RowReader
 from metaint.models.writing import Layer, Writing, stamp, writing_of
 from metaint.probes.bundles import add_bundles, fingerprints
 from metaint.probes.means import Means, as_dataset
+from metaint.probes.output_rows import OutputRows
 from metaint.probes.outputs_variables import variables_of, written
 from metaint.probes.plan import Plan, plans_of
 from metaint.probes.probe import Probe
 from metaint.probes.stream import Rows, precise, widened_copy
-from metaint.probes.value_weights import share_on_targets
+from metaint.probes.value_weights import WeighedRows
 
 _KINDS = tuple(measure for measure in HEAD_MEASURES if measure.form == "kind")
+# What of `outputs.Said` is added under each name; all but weights are over the final norm's length.
+_SAID = {"copying": "looked_at", "copying_null": "looked_at_null", "weight": "weight", "copying_spread": "spread"}
+_SAID |= {f"following{end}": f"following{end}" for end in ("", "_null", "_weight", "_spread")}
 
 
 class OutputProbe(Probe):
@@ -113,7 +118,7 @@ class OutputProbe(Probe):
     def update(self, name: str, activation: Tensor, watch: InputWatch) -> None:
         """Fold in one activation; what needs several of a layer waits for the last of them."""
         if self.opens_pass(name, watch):
-            self._begin(activation, watch)
+            self.begin_pass(activation, watch)
         if self._rows.past:
             return
         _, number, *_, part = name.split(".")
@@ -121,23 +126,22 @@ class OutputProbe(Probe):
         if part == "hook_resid_post":
             self._fold_said(activation)
             return
-        weights = self._writing.layers[layer]
         if part == "hook_resid_pre":
             self._held = {"stream": widened_copy(self._rows.pick(activation))}
         elif name.endswith(self._value_hook):
             assert self._values is not None
-            value = repeat_heads(widen(self._values(activation)), self.shape.n_heads, 2)
-            self._held["lengths"] = torch.linalg.vector_norm(outputs.through(value, weights.factor), dim=-1).mT
-            first = value[torch.arange(len(value), device=value.device), self._context.first]
-            self._held["first"] = outputs.through(first[:, None], weights.factor)
-            self._fold_values(layer, self._held["lengths"])
+            self.hold_values(layer, self._values(activation))
         elif part == "hook_pattern":
-            self._fold_pattern(layer, activation)
+            rows = self.weighed_rows(layer)
+            rows.read(slice(0, activation.shape[2]), activation)
+            self.fold_rows(layer, rows)
         else:
-            self._held["z"] = widen(by_head(activation, self.shape.n_heads))
+            self._held["z"] = by_head(activation, self.shape.n_heads)
         if {"z", "on_first"} <= set(self._held):  # in either order: BERT's bridge tells of the pattern last
-            self._fold_writes(layer, weights)
-            self._held = {}
+            self.fold_writes(layer, self._held["z"])
+
+    def row_reader(self, watch: InputWatch) -> RowReader:
+        return OutputRows(self, watch)
 
     @property
     def _writing(self) -> Writing:
@@ -152,7 +156,7 @@ class OutputProbe(Probe):
         if self._weights is None or now != self._stamp:
             self._stamp, self._weights = now, self._read_writing()
 
-    def _begin(self, activation: Tensor, watch: InputWatch) -> None:
+    def begin_pass(self, activation: Tensor, watch: InputWatch) -> None:
         """A forward pass starts: learn its inputs, make room for its sequences, read weights that have changed."""
         rows = Rows.of(activation.flatten(2), watch, self.positions, self.seed)
         self._rows, self._held, self._said, self._columns = rows, {}, [], None
@@ -178,9 +182,14 @@ class OutputProbe(Probe):
 
     # ---- each layer ----
 
-    def _fold_values(self, layer: int, lengths: Float[Tensor, "batch head key"]) -> None:
-        context = self._context
-        drain = outputs.drain_at_first(lengths, context.first, context.mask)
+    def hold_values(self, layer: int, value: Float[Tensor, "batch key value_head d_head"]) -> None:
+        """Keep how long values are through W_O and what that of position 0 is, and add how they differ."""
+        weights = self._writing.layers[layer]
+        value = repeat_heads(widen(value), self.shape.n_heads, 2)
+        self._held["lengths"] = torch.linalg.vector_norm(outputs.through(value, weights.factor), dim=-1).mT
+        first = value[torch.arange(len(value), device=value.device), self._context.first]
+        self._held["first"] = outputs.through(first[:, None], weights.factor)
+        drain = outputs.drain_at_first(self._held["lengths"], self._context.first, self._context.mask)
         if not bool(drain.others.isfinite().all() & drain.missing.isfinite().all()):
             raise ActivationError(
                 f"blocks.{layer}.attn.hook_v holds NaN or infinity: the weights or the activations before it overflow "
@@ -188,21 +197,23 @@ class OutputProbe(Probe):
             )
         self._add(layer, missing=drain.missing, values=drain.others)
 
-    def _fold_pattern(self, layer: int, pattern: Float[Tensor, "batch head query key"]) -> None:
-        """Weigh the kinds by values, and keep what the pattern is wanted for later: position 0 and the sample."""
-        rows, context = torch.arange(len(pattern), device=pattern.device), self._context
-        self._held["on_first"] = widen(pattern[rows, :, :, context.first])
-        if self._columns is not None:
-            self._held["pattern"] = widen(pattern[rows[:, None], :, self._rows.index]).transpose(1, 2)
-        lengths = self._held["lengths"]
-        total = outputs.weighted_rows(pattern, lengths)
-        kinds = share_on_targets(self._plans[layer], pattern, lengths, total, self.heads[-1].dtype)
-        for kind, shares, counts in zip(self.kinds, *kinds, strict=True):
+    def weighed_rows(self, layer: int) -> WeighedRows:
+        """What is to read the rows of a layer whose values are held."""
+        index = None if self._columns is None else self._rows.index
+        return WeighedRows(self._plans[layer], self._held["lengths"], index, self.heads[-1].dtype)
+
+    def fold_rows(self, layer: int, rows: WeighedRows) -> None:
+        """Add what all rows say of each kind, and keep what is wanted later: position 0 and the sample."""
+        self._held["on_first"] = rows.on_first
+        if rows.sample is not None:
+            self._held["pattern"] = rows.sample
+        for kind, shares, counts in zip(self.kinds, *rows.shares(), strict=True):
             self._add(layer, **{written(kind): shares, f"{written(kind)} queries": counts})
 
-    def _fold_writes(self, layer: int, weights: Layer) -> None:
+    def fold_writes(self, layer: int, z: Float[Tensor, "batch query head d_head"]) -> None:
         """How long writes are and what of them comes from position 0, over all queries; the rest at the sample."""
-        held, counted = self._held, self._context.counted[..., None]
+        self._held["z"] = widen(z)
+        held, counted, weights = self._held, self._context.counted[..., None], self._writing.layers[layer]
         output = outputs.through(held["z"], weights.factor)
         length = torch.linalg.vector_norm(output, dim=-1) * counted
         z = torch.linalg.vector_norm(held["z"], dim=-1) * counted
@@ -216,6 +227,7 @@ class OutputProbe(Probe):
         self._add(layer, **summed)
         if self.positions:
             self._fold_sample(layer, weights)
+        self._held = {}
 
     def _fold_sample(self, layer: int, weights: Layer) -> None:
         """The sampled writes beside the stream, and what they say, one sequence at a time."""
@@ -264,14 +276,8 @@ class OutputProbe(Probe):
         for layer, b, said in self._said:
             per = 1 / scale[b, self._rows.sampled[b]]
             sums = {
-                "copying": said.looked_at * per,
-                "copying_null": said.looked_at_null * per,
-                "weight": said.weight,
-                "copying_spread": said.spread * per,
-                "following": said.following * per,
-                "following_null": said.following_null * per,
-                "following_weight": said.following_weight,
-                "following_spread": said.following_spread * per,
+                name: getattr(said, field) if field.endswith("weight") else getattr(said, field) * per
+                for name, field in _SAID.items()
             }
             for name, values in sums.items():
                 self._means.of(self.heads[-1], name)[b, layer] += values.sum(-1)
@@ -291,8 +297,7 @@ class OutputProbe(Probe):
         return self._means.compute(dim_zero_cat(self.heads).cpu(), "layer", "head")
 
     def to_dataset(self) -> xr.Dataset:
-        values = self.compute()
-        if not values:
+        if not (values := self.compute()):
             return xr.Dataset(attrs={"tokens_seen": 0, "sequences": 0})
         coords = {"layer": range(self.shape.n_layers), "head": range(self.shape.n_heads)}
         data = as_dataset(values, self._variables, coords)

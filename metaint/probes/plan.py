@@ -6,6 +6,7 @@ In: kinds and the context of a pass. Out: `Plan`, from which the weight on the t
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum
@@ -16,6 +17,9 @@ from metaint.measures.attention import Measure, Pairs, targets
 from metaint.measures.lags import Lagged
 from metaint.measures.tile import Context, Tile
 from metaint.models.describe import Shape
+
+# Weights of uniform attention that are held at once.
+_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,69 @@ class Plan:
     def uniform_statistics(
         self, read: Callable[[Tile], tuple[Tensor, Tensor]], dtype: torch.dtype
     ) -> Float[Tensor, "batch slot"]:
-        """What statistics, as `read` makes them, sum to for uniform attention: on a pattern of one such head, once."""
+        """What statistics, as `read` makes them, sum to for uniform attention: on rows of one such head, once."""
         if "_uniform" not in self.__dict__:
-            values, _ = read(Tile(self.context.uniform, self.context))
-            self.__dict__["_uniform"] = values[:, :, 0].sum(-1, dtype=dtype).mT
+            queries, keys = len(self.context.queries), self.context.mask.shape[1]
+            step = max(1, _WEIGHTS // self.context.mask.numel())
+            total: Any = 0
+            for start in range(0, queries, step):
+                context = self.context.rows(slice(start, start + step), keys)
+                values, _ = read(Tile(context.uniform, context))
+                total = total + values[:, :, 0].sum(-1, dtype=dtype).mT
+            self.__dict__["_uniform"] = total
         return self.__dict__["_uniform"]
 
     def weight_on_targets(
         self, pattern: Float[Tensor, "batch head query key"], dtype: torch.dtype
     ) -> Float[Tensor, "batch kind head"]:
         """Weight on the targets of each kind, summed over queries."""
-        batch, query, key = self.pairs
-        out = torch.zeros(len(self.matches) * len(pattern), pattern.shape[1], dtype=dtype, device=pattern.device)
-        out.index_add_(0, self.slot, pattern[batch, :, query, key].to(dtype))
-        return out.view(len(self.matches), len(pattern), -1).transpose(0, 1)
+        return self.by_kind(on_targets(self.pairs, self.slot, pattern, self.no_weight(pattern.shape[1], dtype)))
+
+    def no_weight(self, heads: int, dtype: torch.dtype) -> Float[Tensor, "slot head"]:
+        """What weights on targets are added to: a slot for each kind and sequence."""
+        slots = len(self.matches) * len(self.context.mask)
+        return torch.zeros(slots, heads, dtype=dtype, device=self.context.mask.device)
+
+    def by_kind(self, slots: Float[Tensor, "slot head"]) -> Float[Tensor, "batch kind head"]:
+        """What was added in each slot, for each sequence and kind."""
+        return slots.view(len(self.matches), len(self.context.mask), slots.shape[1]).transpose(0, 1)
+
+    def block(self, rows: slice, keys: int) -> "Block":
+        """What is asked of some rows over the first keys; looked up once for all layers."""
+        blocks = self.__dict__.setdefault("_blocks", {})
+        if (rows.start, rows.stop, keys) not in blocks:
+            order, ends = self._by_query
+            chosen = order[ends[rows.start] : ends[rows.stop]]
+            batch, query, key = (part[chosen] for part in self.pairs)
+            pairs = (batch, query - rows.start, key)
+            blocks[rows.start, rows.stop, keys] = Block(self.context.rows(rows, keys), pairs, self.slot[chosen])
+        return blocks[rows.start, rows.stop, keys]
+
+    @cached_property
+    def _by_query(self) -> tuple[Int[Tensor, " pair"], list[int]]:
+        """The pairs in the order of their queries, and how many come before those of each query."""
+        query = self.pairs[1]
+        counts = torch.bincount(query, minlength=len(self.context.queries))
+        return query.argsort(stable=True), [0, *counts.cumsum(0).tolist()]
+
+
+class Block(NamedTuple):
+    """What is asked of a block of rows: their context, and pairs whose queries count from the block's first."""
+
+    context: Context
+    pairs: Pairs
+    slot: Int[Tensor, " pair"]
+
+
+def on_targets(
+    pairs: Pairs,
+    slot: Int[Tensor, " pair"],
+    pattern: Float[Tensor, "batch head query key"],
+    slots: Float[Tensor, "slot head"],
+) -> Float[Tensor, "slot head"]:
+    """Add the weight on each pair to its slot, in place."""
+    batch, query, key = pairs
+    return slots.index_add_(0, slot, pattern[batch, :, query, key].to(slots.dtype))
 
 
 def plans_of(kinds: list[Measure], context: Context, shape: Shape) -> list[Plan]:

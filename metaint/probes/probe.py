@@ -1,7 +1,6 @@
 """The base of every probe: hooks that fold what they read into a small `torchmetrics` state."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from metaint.models.describe import Shape, facts_of, shape_of
 from metaint.models.inputs import InputWatch
 from metaint.models.owner_hooks import OWNER_HOOKS, as_attribute, hooked_by_owner, ours
 from metaint.models.protocol import Model
-from metaint.models.reading import first_tensor
+from metaint.models.reading import first_tensor, quietly
+from metaint.models.streamed import RowReader
 from metaint.scans.assemble import assemble
 
 Hook = tuple[str, Callable[..., None]]
@@ -136,6 +136,10 @@ class Probe(Metric):
         self.prepare(model)
         return [(name, ours(self._reader(name, watch))) for name in self.hook_names(self.shape)]
 
+    def row_reader(self, watch: InputWatch) -> RowReader | None:
+        """What reads attention in a streamed pass, in place of hooks in it; None for a probe that needs the hooks."""
+        return None
+
     def module_hooks(self, model: Model) -> list[tuple[Any, Callable[..., Any]]]:
         """Modules of `model`, each with a forward hook, for what no hook point can carry; most probes need none."""
         return []
@@ -211,10 +215,3 @@ class Probe(Metric):
     def to_scan(self, attributes: Mapping[str, Any] | None = None) -> xr.DataTree:
         """What was read so far as a scan with this probe's group alone."""
         return assemble([self], attributes)
-
-
-@contextmanager
-def quietly(device: str) -> Any:
-    """Compute in full precision and off the tape, whatever mode the owner's forward pass runs in."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-        yield

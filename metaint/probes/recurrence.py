@@ -24,9 +24,10 @@ from metaint.errors import ActivationError, InputError, door
 from metaint.measures import autoregression, recurrence
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
+from metaint.models.reading import quietly
 from metaint.probes.descents import Descent
 from metaint.probes.means import Means, as_dataset
-from metaint.probes.probe import Probe, quietly
+from metaint.probes.probe import Probe
 from metaint.probes.recurrence_variables import POSITION, REFERENCE, variables_of
 from metaint.probes.stream import precise
 

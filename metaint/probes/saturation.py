@@ -20,9 +20,9 @@ from metaint.measures.tile import TAUS, Context
 from metaint.models.describe import Shape
 from metaint.models.inputs import InputWatch
 from metaint.models.protocol import Model
-from metaint.models.reading import first_tensor
+from metaint.models.reading import first_tensor, quietly
 from metaint.probes.means import Means, as_dataset
-from metaint.probes.probe import Probe, quietly
+from metaint.probes.probe import Probe
 from metaint.probes.saturation_attention import Attention, AttentionParts, sharpened, with_last
 from metaint.probes.saturation_rows import HeadRows, compare_logits
 from metaint.probes.saturation_streams import directions, similarity_beside

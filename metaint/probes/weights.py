@@ -20,7 +20,8 @@ from metaint.models.folded import folded_layers
 from metaint.models.heads import repeat_heads
 from metaint.models.parameters import own_parameters, place_of, quantised
 from metaint.models.protocol import Model
-from metaint.probes.probe import Probe, quietly
+from metaint.models.reading import quietly
+from metaint.probes.probe import Probe
 from metaint.probes.weights_variables import DESCRIPTIONS
 from metaint.scans.assemble import shaped
 

@@ -17,9 +17,8 @@ from tqdm.auto import tqdm
 from metaint.errors import InputError, door
 from metaint.measures import recurrence
 from metaint.models.describe import check_open, is_causal
-from metaint.models.reading import steady
+from metaint.models.reading import quietly, steady
 from metaint.probes.descents import tuned_descents
-from metaint.probes.probe import quietly
 from metaint.probes.recurrence import RecurrenceProbe, indices_of
 from metaint.scanning.feeding import Predict, predictor, takes_vectors
 from metaint.scanning.given import check_batch_size, check_seed

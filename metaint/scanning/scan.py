@@ -1,8 +1,7 @@
 """Reading a model: in one call (`scan`), inside the owner's own passes (`attach`), or from a cache (`read_cache`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import xarray as xr
@@ -11,16 +10,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from metaint.errors import InputError, door
-from metaint.models.inputs import InputWatch, watching
-from metaint.models.parameters import check_finite
+from metaint.models.inputs import InputWatch
 from metaint.models.protocol import Model
-from metaint.models.reading import steady
+from metaint.models.reading import quietly, steady
+from metaint.models.streamed import ROWS
 from metaint.models.tokens import check_tokens
 from metaint.probes.heads import HeadProbe
-from metaint.probes.probe import Probe, quietly
+from metaint.probes.probe import Probe
 from metaint.probes.recurrence import RecurrenceProbe
+from metaint.scanning.attached import attached
 from metaint.scanning.given import given_inputs
+from metaint.scanning.way import way_of
 from metaint.scans.assemble import assemble
+
+# Tokens in a streamed pass: more make it no faster, and its blocks of rows would leave a CPU's cache.
+STREAMED_TOKENS = 2048
 
 
 @contextmanager
@@ -42,34 +46,8 @@ def attach(model: Model, *probes: Probe) -> Iterator[Any]:
     >>> probe.to_scan()["heads"].attrs["sequences"]
     3
     """
-    with _attached(model, probes, private=False):
+    with attached(model, probes, private=False):
         yield probes[0] if len(probes) == 1 else probes
-
-
-@contextmanager
-def _attached(model: Model, probes: Sequence[Probe], private: bool) -> Iterator[None]:
-    """`private`: the passes are our own. Nobody else wants their logits, which are made where probes look at them, and
-    their masks were checked with their tokens."""
-    if not probes:
-        raise InputError("probes is empty: pass one, such as metaint.HeadProbe().")
-    if len({id(probe) for probe in probes}) < len(probes):
-        raise InputError("probes holds the same probe twice, which would count every sequence twice: pass it once.")
-    for probe in probes:  # before anything watches: the audit runs passes of its own
-        probe.prepare(model)
-    if any(probe.group == "memory" for probe in probes):  # a recall is a rank, which NaN would pass for
-        check_finite(model)
-    for probe in probes:
-        probe.read_weights(model)
-    with watching(model, masks_checked=private) as watch, ExitStack() as stack:
-        watch.private = private
-        for module, hook in (pair for probe in probes for pair in probe.module_hooks(model)):
-            stack.callback(module.register_forward_hook(hook).remove)
-        hooks = [hook for probe in probes for hook in probe.hooks(model, watch)]
-        if not private:  # their owner's hooks come and go from pass to pass
-            points = model.hook_dict
-            watch.openers += [partial(probe.note_hooks, points) for probe in probes]
-        with model.hooks(fwd_hooks=hooks):
-            yield
 
 
 @door
@@ -81,6 +59,7 @@ def scan(
     attention_mask: Tensor | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    attention: str = "eager",
     progress: bool = False,
     attributes: Mapping[str, Any] | None = None,
 ) -> xr.DataTree:
@@ -90,11 +69,17 @@ def scan(
       (`metaint.default_tokens`).
     - `probes`: by default `[HeadProbe()]`.
     - `attention_mask`: [batch, position], 0 where a token is padding; padding never counts.
-    - `batch_size`: sequences in a pass. With a `SaturationProbe` each takes the place of several.
+    - `batch_size`: sequences in a pass, at most; a streamed one takes fewer long ones. With a `SaturationProbe` each
+      takes the place of several.
+    - `attention`: "eager" reads the patterns that the model makes. "streamed" has each layer's attention computed by
+      rows, through transformers' AttentionInterface, with the same numbers: in a fraction of the time, and in memory
+      that grows with the length and not with its square. "auto" streams where that can be and says in the scan's
+      `attention_reason` why not. A model's first streamed scan checks that a short one equals its eager one.
     - `attributes`: recorded at the root of the scan, beside model, seed, BOS and shape.
 
     Returns a `DataTree` with one group for each probe. Hooks of yours that are on the model stay on and work: the
-    attribute `owner_hooks` names their hook points. Raises InputError for tokens that the model can't take,
+    attribute `owner_hooks` names their hook points. Raises InputError for tokens that the model can't take and for
+    "streamed" attention that can't be had,
     HookAuditError for a model whose hooks are not what a probe needs.
 
     >>> import metaint
@@ -108,17 +93,21 @@ def scan(
     given = given_inputs(model, tokens, attention_mask=attention_mask, batch_size=batch_size, seed=seed)
     copies = max((probe.copies for probe in probes), default=1)
     size = max(1, batch_size // copies)
-    starts = range(0, len(given.tokens), size)
     wanted = "logits" if any(probe.reads_logits for probe in probes) else None
-    with steady(model), _attached(model, probes, private=True):
+    way = way_of(model, probes, attention)
+    if way.streamed:
+        size = min(size, max(1, STREAMED_TOKENS // given.tokens.shape[1]))
+    starts = range(0, len(given.tokens), size)
+    options: dict[str, Any] = {"use_cache": False} if way.streamed else {}
+    with steady(model), attached(model, probes, private=True, rows=ROWS if way.streamed else 0):
         # A probe of the weights alone needs no pass.
         if not any(probe.hook_names(probe.shape) for probe in probes):
             starts = range(0)
         for start in tqdm(starts, desc="scan", disable=not progress, leave=False):
             rows = slice(start, start + size)
             padding = {} if given.mask is None else {"attention_mask": given.mask[rows].repeat(copies, 1)}
-            model(given.tokens[rows].repeat(copies, 1), return_type=wanted, **padding)
-    return assemble(probes, {**given.facts, **(attributes or {})})
+            model(given.tokens[rows].repeat(copies, 1), return_type=wanted, **padding, **options)
+    return assemble(probes, {**given.facts, **way.facts, **(attributes or {})})
 
 
 def chosen_probes(probes: Sequence[Probe] | None) -> list[Probe]:

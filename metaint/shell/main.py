@@ -31,6 +31,9 @@ from metaint.shell.comparing import compare
 from metaint.shell.files import export, report
 from metaint.shell.labs import lab
 
+# How attention is come by, as `metaint.scan` has it.
+WAYS = ("eager", "streamed", "auto")
+
 app = typer.Typer(
     help="Read a transformer through its TransformerLens hooks.",
     no_args_is_help=True,
@@ -69,6 +72,9 @@ def scan(
         bool | None,
         typer.Option("--bos/--no-bos", help="Begin with the model's BOS; by default as it was trained."),
     ] = None,
+    attention: Annotated[
+        str, typer.Option(help="eager, streamed (faster, and long windows fit) or auto: streamed where it can be.")
+    ] = "eager",
     revision: Revision = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
@@ -92,6 +98,7 @@ def scan(
     check(repeat is None or repeat >= 2, f"--repeat is {repeat}: a block of at least 2 tokens can be repeated.")
     check_range("--repeat", repeat, 2, MOST_LENGTH)
     check_range("--top", top, 0)
+    check(attention in WAYS, f"--attention is {attention!r}: choose one of {', '.join(WAYS)}.")
     check_place(out)
     check(out is None or out.suffix == ".zarr", f"--out is {out}: give it a name that ends in .zarr.")
     from metaint.tasks import read_text
@@ -112,9 +119,8 @@ def scan(
         source = {"task": "repeated_tokens"}
         batch = default_tokens(opened, block, max(2, tokens // (2 * block)), seed, bos, exact=repeat is not None)
     readers = [getattr(metaint, BY_NAME[name].probe)() for name in chosen]
-    result = scan(
-        opened, batch, readers, batch_size=batch_size, seed=seed, progress=sys.stderr.isatty(), attributes=source
-    )
+    options = {"batch_size": batch_size, "seed": seed, "attention": attention, "progress": sys.stderr.isatty()}
+    result = scan(opened, batch, readers, attributes=source, **options)
     _keep(result, out, figures)
     if as_json or as_csv:
         print(_as_text(result, chosen, as_json))
@@ -126,6 +132,8 @@ def scan(
             f"{facts['dtype']}; {batch.shape[0]} sequences of {batch.shape[1]} tokens ({source['task']}"
             f"{', with BOS' if facts['bos'] else ''}, seed {seed})\n"
         )
+        if "attention_reason" in facts:
+            terminal.print(f"attention was not streamed: {facts['attention_reason']}\n")
         _print_groups(terminal, result, chosen, sort, top)
         for path in (out, figures):
             if path is not None:

@@ -47,6 +47,16 @@ def test_a_large_model_prints_its_first_heads(repeated_scan, capsys):
     assert len(out.splitlines()) < 3 * FEW_ROWS
 
 
+def test_scan_streams_attention_and_says_where_it_does_not(run, folder):
+    code, out, _ = run("scan", folder, "--tokens", 400, "--json", "--attention", "streamed")
+    assert code == 0
+    eager = json.loads(run("scan", folder, "--tokens", 400, "--json")[1])
+    assert json.loads(out).keys() == eager.keys()
+    code, out, _ = run("scan", folder, "--tokens", 200, "--attention", "auto", "--probes", "heads,saturation")
+    assert code == 0
+    assert "attention was not streamed: its SaturationProbe" in " ".join(out.split())
+
+
 def test_scan_for_machines(run, folder, tmp_path):
     code, out, _ = run("scan", folder, "--tokens", 400, "--json", "--out", tmp_path / "scan.zarr")
     found = json.loads(out)
@@ -90,6 +100,7 @@ BAD = [
     (["scan", "FOLDER", "--text", "WORDS", "--repeat", "5"], "--text and --repeat were both given: choose one input"),
     (["scan", "FOLDER", "--json", "--csv"], "--json and --csv were both given: choose one format"),
     (["scan", "FOLDER", "--text", "WORDS", "--length", "999"], "length is 999: this model reads windows of 2 to 128"),
+    (["scan", "FOLDER", "--attention", "fast"], "--attention is 'fast': choose one of eager, streamed, auto"),
     (["scan", "FOLDER", "--tokens", "0"], "--tokens is 0: it must be at least 1"),
     (["scan", "FOLDER", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
     (["scan", "FOLDER", "--dtype", "int8"], "dtype is 'int8': choose one of float32"),
