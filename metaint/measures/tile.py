@@ -148,10 +148,12 @@ class Tile:
         tile.__dict__.update(whole, **({"walked": walked} if walked else {}))
         return tile
 
-    def row_statistics(self, walking: bool) -> dict[str, Float[Tensor, "*tau batch head query"]]:
-        """What `of_rows` needs of a block: with `walking` all statistics of its rows, else those without a walk."""
+    def row_statistics(self, walking: bool, total: bool) -> dict[str, Float[Tensor, "*tau batch head query"]]:
+        """What `of_rows` needs of a block: with `walking` all statistics of its rows, else those without a walk;
+        `total` is for rows that do not sum to one."""
         walked = {_WALKED + name: value for name, value in self.walked.items()} if walking else {}
-        return {"on_first": self.on_first, "sum_squares": self.sum_squares, "total": self.total, **walked}
+        totals = {"total": self.total} if total else {}
+        return {"on_first": self.on_first, "sum_squares": self.sum_squares, **totals, **walked}
 
     @cached_property
     def total(self) -> Float[Tensor, "batch head query"]:

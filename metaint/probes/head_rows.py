@@ -27,6 +27,8 @@ class HeadRows:
         # A statistic of one's own may ask for anything, so it is read while there are weights.
         self._own = [m for m in probe.statistics if m not in (*HEAD_MEASURES, sink_mass)]
         self._walking = any(m not in (*WALKLESS, *self._own) for m in probe.statistics)
+        # `sink_mass` may be asked of any model.
+        self._totals = probe.learnt_sinks or sink_mass in probe.statistics
         self._parts: list[dict[str, Tensor]] = []
         self._shapes: list[dict[str, Tensor]] = []
         self._read: dict[str, list[Tensor]] = {}
@@ -45,8 +47,8 @@ class HeadRows:
         on_targets(block.pairs, block.slot, pattern, self._on_targets)
         shape = self._probe.whole_rows(tile)
         if shape is not tile:
-            self._shapes.append(shape.row_statistics(self._walking))
-        self._parts.append(tile.row_statistics(self._walking and shape is tile))
+            self._shapes.append(shape.row_statistics(self._walking, total=False))
+        self._parts.append(tile.row_statistics(self._walking and shape is tile, self._totals))
         for measure in self._own:
             self._read[measure.name].append(measure(shape))
 
