@@ -27,7 +27,7 @@ from metaint.circuits.paths import (
     name_of_path,
     writers_of,
 )
-from metaint.circuits.race import JUDGED, Outcome, Rules, race
+from metaint.circuits.race import FIRST, Outcome, Rules, race
 from metaint.scanning.progress import tell
 
 # Dropped paths that are tried, in place of the larger sample of parts.
@@ -125,7 +125,7 @@ def race_paths(
     ]
     closer = [path._replace(by=by) for path in counting if is_head(path.reader) for by in "qkv"]
     if closer:
-        upto = min(JUDGED, len(total)) if rules.on else len(total)
+        upto = min(FIRST, len(total)) if rules.on else len(total)
         cut(experiment, wiring, closer, upto, "paths by queries, keys, values")
     return outcome, closer
 
