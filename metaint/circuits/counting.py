@@ -76,9 +76,7 @@ def chosen(effects: Mapping[Part, Effect], labelled: set[Part], threshold: float
     return [part for part in effects if part in members]
 
 
-def at_first_position(
-    experiment: Experiment, parts: Sequence[Part], effects: Mapping[Part, Effect], upto: int
-) -> dict[Part, float]:
+def at_first_position(experiment: Experiment, parts: Sequence[Part], upto: int) -> dict[Part, float]:
     """Of the effect of each part, the share that is there where it is ablated at the first position alone."""
     first = torch.zeros(experiment.tokens.shape[1], dtype=torch.bool)
     first[0] = True
@@ -86,7 +84,7 @@ def at_first_position(
     alone = run(replace(experiment, at=first), sets, upto, "parts at position 0 alone")
     everywhere = run(experiment, sets, upto)
     shares = (alone[1:] - alone[:1]).nanmean(1) / (everywhere[1:] - everywhere[:1]).nanmean(1)
-    return {part: float(share) for part, share in zip(parts, shares, strict=True) if effects[part].effect}
+    return dict(zip(parts, shares.tolist(), strict=True))
 
 
 # ---- paths -------------------------------------------------------------------------------------------------------
