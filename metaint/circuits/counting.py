@@ -117,7 +117,7 @@ def race_paths(
         values = cut(experiment, wiring, [paths[i] for i in numbers], upto, f"paths, {upto} sequences")
         return values[1:] - values[:1]
 
-    outcome = race(measure, len(paths), (), total, replace(rules, sample=PATHS_TRIED))
+    outcome = race(measure, len(paths), (), total, replace(rules, sample=PATHS_TRIED, most=len(paths)))
     counting = [
         path for path, effect in known_paths(experiment, paths, total).items() if effect.counts(rules.threshold)
     ]
