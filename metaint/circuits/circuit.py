@@ -91,7 +91,7 @@ def trace_circuit(
     - nodes have `kind`, `layer` (-1 for the embedding, n_layers for the logits); `effect` of ablating the part on the
       metric, in its units, `effect_low`, `effect_high` (95 % bootstrap over sequences), `share`, the effect over that
       of ablating all heads, and `sequences`, on how many that was measured; `first_position`, the share of the effect
-      that is there where the part is ablated at position 0 alone, and `positions`, "first" where that is 0.9 or more;
+      that is there where the part is ablated at position 0 alone, and `positions`, "first" where that is 0.8 or more;
       heads also `head`, `labels` (joined by commas) and the scan's scores by name;
     - edges have the same five for cutting the path; `effect_q`, `effect_k`, `effect_v` of cutting it for a head's
       queries, keys or values alone, and `by`, the strongest of these (elsewhere ""); between heads `q_composition`,

@@ -27,7 +27,7 @@ from metaint.circuits.paths import (
     name_of_path,
     writers_of,
 )
-from metaint.circuits.race import JUDGED, Outcome, Rules, race
+from metaint.circuits.race import FIRST, Outcome, Rules, race
 from metaint.scanning.progress import tell
 
 # Dropped paths that are tried, in place of the larger sample of parts.
@@ -76,9 +76,7 @@ def chosen(effects: Mapping[Part, Effect], labelled: set[Part], threshold: float
     return [part for part in effects if part in members]
 
 
-def at_first_position(
-    experiment: Experiment, parts: Sequence[Part], effects: Mapping[Part, Effect], upto: int
-) -> dict[Part, float]:
+def at_first_position(experiment: Experiment, parts: Sequence[Part], upto: int) -> dict[Part, float]:
     """Of the effect of each part, the share that is there where it is ablated at the first position alone."""
     first = torch.zeros(experiment.tokens.shape[1], dtype=torch.bool)
     first[0] = True
@@ -86,7 +84,7 @@ def at_first_position(
     alone = run(replace(experiment, at=first), sets, upto, "parts at position 0 alone")
     everywhere = run(experiment, sets, upto)
     shares = (alone[1:] - alone[:1]).nanmean(1) / (everywhere[1:] - everywhere[:1]).nanmean(1)
-    return {part: float(share) for part, share in zip(parts, shares, strict=True) if effects[part].effect}
+    return dict(zip(parts, shares.tolist(), strict=True))
 
 
 # ---- paths -------------------------------------------------------------------------------------------------------
@@ -119,13 +117,13 @@ def race_paths(
         values = cut(experiment, wiring, [paths[i] for i in numbers], upto, f"paths, {upto} sequences")
         return values[1:] - values[:1]
 
-    outcome = race(measure, len(paths), (), total, replace(rules, sample=PATHS_TRIED))
+    outcome = race(measure, len(paths), (), total, replace(rules, sample=PATHS_TRIED, most=len(paths)))
     counting = [
         path for path, effect in known_paths(experiment, paths, total).items() if effect.counts(rules.threshold)
     ]
     closer = [path._replace(by=by) for path in counting if is_head(path.reader) for by in "qkv"]
     if closer:
-        upto = min(JUDGED, len(total)) if rules.on else len(total)
+        upto = min(FIRST, len(total)) if rules.on else len(total)
         cut(experiment, wiring, closer, upto, "paths by queries, keys, values")
     return outcome, closer
 

@@ -5,7 +5,7 @@ In: a subject, tokens, what stands in for a part, a metric. Out: the metric of e
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +35,8 @@ from metaint.scanning.progress import progress_of
 HOW = ("zero", "mean", "resample", "pattern_preserving")
 # Tokens that are run at once by default: enough to keep a CPU busy, and few enough for its caches and for logits.
 TOKENS = 4096
+# A clean pass of so many tokens is remembered, for the next call that looks at the same sequences.
+_REMEMBERED = 512
 # What the model as it is is called in the ledger.
 CLEAN = "clean"
 
@@ -63,6 +65,8 @@ class Experiment:
     # By layer, the mean of hook_z [head, d_head], of what the MLP writes and of the embedding [d_model].
     means: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
+    # The clean pass that was made last, if it is small: what asks for what, that pass, and what stands in.
+    last: tuple[Any, Clean, Stand] | None = None
 
 
 # ---- setting up --------------------------------------------------------------------------------------------------
@@ -177,6 +181,11 @@ def batches(
         experiment.means = means_of(subject, tokens, experiment.batch_size, mlps or subject.has_mlps)
     preserve = experiment.how == "pattern_preserving"
     for some in rows:
+        asked = (some.start, some.stop, mlps, tuple(also))
+        if experiment.last is not None and experiment.last[0] == asked:
+            yield experiment.last[1], replace(experiment.last[2], at=experiment.at)
+            continue
+        experiment.last = None
         places = places_of(experiment.metric, tokens[some])
         reader = None if experiment.patterns is None else experiment.patterns.reader(tokens[some])
         clean = clean_pass(subject, tokens[some], places, mlps=mlps, patterns=preserve, also=also, reader=reader)
@@ -184,7 +193,10 @@ def batches(
         if experiment.donors is not None:
             given = tokens[experiment.donors[some].to(tokens.device)]
             donor = clean_pass(subject, given, torch.zeros_like(given, dtype=torch.bool), mlps=mlps)
-        yield clean, Stand(experiment.how, clean, donor, experiment.means, experiment.at)
+        stand = Stand(experiment.how, clean, donor, experiment.means, experiment.at)
+        if (some.stop - some.start) * tokens.shape[1] <= _REMEMBERED:
+            experiment.last = asked, clean, stand
+        yield clean, stand
 
 
 def stretches(experiment: Experiment, names: Sequence[str], upto: int) -> list[tuple[slice, list[int]]]:

@@ -6,7 +6,7 @@ Blocks are passed over by giving their module another `forward`. TransformerLens
 before 4.0 on bridges, and in 4.3 computes the blocks below all the same.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,12 +25,13 @@ def passed_over(clean: Clean, layers: Iterable[int]) -> Iterator[None]:
 
 
 @contextmanager
-def giving(module: nn.Module, value: Tensor | None, items: int) -> Iterator[None]:
-    """A module that computes nothing and gives `value`, or None for its first input: as the first of so many `items`,
-    or with 0 as it is."""
+def giving(module: nn.Module, value: Tensor | Callable[[], Tensor] | None, items: int) -> Iterator[None]:
+    """A module that computes nothing and gives `value` (a function: what that makes when the module is called), or
+    None for its first input: as the first of so many `items`, or with 0 as it is."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        first = first_input(args, kwargs)[1] if value is None else value
+        made = value() if callable(value) else value
+        first = first_input(args, kwargs)[1] if made is None else made
         return (first, *[None] * (items - 1)) if items else first
 
     before = module.__dict__.get("forward")

@@ -109,8 +109,25 @@ def _resumed(clean: Clean, variants: Sequence[Variant], start: tuple[int, bool],
             stream += rearrange(change, _COPIES_FIRST)
         stack.enter_context(passed_over(clean, [*range(first), *range(stop, layers)]))
         stack.enter_context(reading(subject.model.blocks[min(first, layers - 1)], stream))
-        hooks = edit_hooks(clean, variants, range(first, layers), preserve, attended=layer)
+        silent = [] if preserve or clean.reader is not None else _silent(clean, variants, range(layer + 1, layers))
+        for other in silent:
+            given = partial(_attended, clean, variants, other)
+            stack.enter_context(giving(subject.model.blocks[other].attn, given, clean.attention_items.get(other, 0)))
+        hooks = edit_hooks(clean, variants, range(first, layers), preserve, attended=(layer, *silent))
         return _run(clean, copies, hooks, range(layer + 1, layers))
+
+
+def _silent(clean: Clean, variants: Sequence[Variant], layers: range) -> list[int]:
+    """The layers in which every variant replaces every head everywhere: what attention computes there is not asked."""
+    heads = clean.subject.shape.n_heads
+    if any(variant.at is not None for variant in variants):
+        return []
+    return [layer for layer in layers if all(len(variant.z.get(layer, ())) == heads for variant in variants)]
+
+
+def _attended(clean: Clean, variants: Sequence[Variant], layer: int) -> Float[Tensor, "rows position d_model"]:
+    """What attention gives in stacked variants, from the change of z alone."""
+    return rearrange(clean.attention[layer] + attention_changes(clean, variants, layer), _COPIES_FIRST)
 
 
 def _read_out_of(clean: Clean, variants: Sequence[Variant], layer: int) -> Iterable[Tensor]:

@@ -131,7 +131,7 @@ def _bounds(changes: Float[Tensor, "item sequence"], total: Float[Tensor, " sequ
 def _cutoff(low: Tensor, kept: Sequence[bool], rules: Rules) -> float:
     """The line, or, where as many as are wanted certainly lie higher, where the last of these certainly lies."""
     others = [least for least, always in zip(low.tolist(), kept, strict=True) if not always and not math.isnan(least)]
-    room = max(1, rules.most - sum(kept))
+    room = max(1, rules.most - sum(kept), rules.most // 2)
     certain = sorted(others, reverse=True)[:room]
     return max(rules.threshold, certain[-1]) if len(certain) == room else rules.threshold
 

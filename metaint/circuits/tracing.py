@@ -32,7 +32,7 @@ from metaint.circuits.race import FEW, JUDGED, Rules
 from metaint.models.reading import Unavailable
 
 # A part of whose effect this much is there where it is ablated at position 0 alone matters there alone.
-_AT_FIRST = 0.9
+_AT_FIRST = 0.8
 UNFINISHED = "unfinished"
 
 
@@ -96,7 +96,7 @@ class Trace:
         self.stage = "positions"
         counting = [part for part, effect in effects.items() if effect.counts(rules.threshold)]
         if counting:
-            self.first = at_first_position(experiment, counting, effects, few)
+            self.first = at_first_position(experiment, counting, few)
         self.stage = "paths"
         if not effects:
             return

@@ -4,7 +4,7 @@ In: `Variant`s, which say what stands at hook_z of heads or is written by MLPs, 
 variants stacked along the batch; and what each variant adds to attention's output, through W_O.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,10 +52,10 @@ class Edit(NamedTuple):
 
 
 def edit_hooks(
-    clean: Clean, variants: Sequence[Variant], layers: range, preserve: bool = False, attended: int = -1
+    clean: Clean, variants: Sequence[Variant], layers: range, preserve: bool = False, attended: Container[int] = ()
 ) -> list[Hook]:
-    """Hooks for the edits of stacked variants that begin together; what attention gives in `attended` is replaced
-    already. With `preserve`, layers after the first that is changed attend as in the clean pass."""
+    """Hooks for the edits of stacked variants that begin together; what attention gives in layers of `attended` is
+    replaced already. With `preserve`, layers after the first that is changed attend as in the clean pass."""
     hooks: list[Hook] = []
     for layer in layers:
         attends = layer in clean.subject.shape.attending
@@ -66,7 +66,7 @@ def edit_hooks(
             hooks.append(
                 (f"blocks.{layer}.attn.{value_hook(clean.subject.model)}", partial(keep, slot=held, key=layer))
             )
-        if layer != attended and (preserved or edits):
+        if layer not in attended and (preserved or edits):
             edit = partial(edit_z, clean=clean, layer=layer, held=held, edits=edits, preserve=preserved)
             hooks.append((f"blocks.{layer}.attn.hook_z", edit))
         writes = [Edit(i, None, v.mlp[layer], v.at) for i, v in enumerate(variants) if layer in v.mlp]

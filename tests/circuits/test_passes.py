@@ -87,11 +87,14 @@ def variant_of(edits):
 
 
 def edits_of(model, clean):
-    """Single heads, heads of several layers, numbers for each position, and MLPs."""
+    """Single heads, heads of several layers, all of one, numbers for each position, and MLPs."""
     zero, last = torch.zeros(()), int(model.cfg.n_heads) - 1
     other = torch.randn(clean.z[1][:, :, 0].shape, generator=torch.Generator().manual_seed(2))
     found = [[(0, 0, zero)], [(0, last, zero + 1)], [(1, 0, other)], [(1, last, other[:1, :1])]]
     found += [[(0, 0, zero), (1, last, other)], [(0, 0, zero), (0, last, zero)]]
+    every = range(last + 1)
+    found += [[(0, 0, zero), *((1, head, other + head) for head in every)]]
+    found += [[(layer, head, zero) for layer in (0, 1) for head in every]]
     if clean.mlp:
         mean = clean.mlp[1].mean((0, 1))
         found += [[(0, None, mean)], [(1, None, mean)], [(0, 0, zero), (0, None, mean), (1, None, mean)]]
@@ -198,6 +201,7 @@ def test_no_trace_is_left_nor_after_an_exception(kind, anywhere, monkeypatch):
         raise RuntimeError("on purpose")
 
     monkeypatch.setattr(module, "edit_z", fail)
+    monkeypatch.setattr("metaint.circuits.passes._attended", fail)  # in its place where a layer has one head
     both = Variant({0: {0: torch.zeros(())}, 1: {0: torch.zeros(())}})
     with steady(model), pytest.raises(RuntimeError, match="on purpose"):
         list(outcomes(clean, [both], 6, anywhere))

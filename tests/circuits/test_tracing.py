@@ -8,7 +8,10 @@ import metaint
 from metaint.circuits import circuit, race, tracing
 from metaint.circuits.ablation import ablate
 from metaint.circuits.circuit import trace_circuit
+from metaint.circuits.counting import at_first_position, known_parts, race_parts
+from metaint.circuits.experiment import run, set_up
 from metaint.circuits.ledger import Ledger
+from metaint.circuits.subject import subject_of
 from metaint.errors import InputError, StoreError
 from metaint.tasks import repeated_tokens
 from tests.builders import available_kinds, build
@@ -229,3 +232,27 @@ def test_a_model_without_sinks_has_no_origin_of_them(planted, monkeypatch):
     with pytest.raises(InputError) as error:
         trace_circuit(planted, TOKENS, target="sink")
     assert str(error.value) == "target is 'sink', and no head of the model is labelled so: choose another."
+
+
+# ---- a real model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_the_head_that_a_gradient_misses_wins_the_race(smollm2, monkeypatch):
+    """16.0, which one gradient ranks in the middle of all; and MLP 11 matters at position 0 alone, 16.0 does not."""
+    monkeypatch.setattr(race, "FEW", 1)
+    subject, tokens = subject_of(smollm2), metaint.default_tokens(smollm2, batch=4)
+    experiment = set_up(subject, tokens, "mean", "in_context_loss", batch_size=None, seed=0)
+    clean, without = run(experiment, [subject.heads])
+    total = without - clean
+    parts = [(layer, head) for layer in (16, 17) for head in range(9)]
+    race_parts(experiment, parts, set(), total, race.Rules(0.02, sample=0))
+    effects = known_parts(experiment, parts, total)
+    assert max(effects, key=lambda part: effects[part].share) == (16, 0)
+    assert effects[16, 0].counts(0.3)
+    assert effects[16, 0].sequences == 4
+    assert sum(effect.sequences == 2 for effect in effects.values()) > 6
+    chosen = [(11, None), (16, 0)]
+    shares = at_first_position(experiment, chosen, 2)
+    assert shares[11, None] > 0.8
+    assert abs(shares[16, 0]) < 0.1

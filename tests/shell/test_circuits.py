@@ -83,6 +83,9 @@ def test_a_trace_that_is_stopped_goes_on(run, folder, tmp_path, monkeypatch):
     [
         ("trace", ["toy", "-o", "c.txt"], "--out is c.txt: end it in .graphml or .json."),
         ("trace", ["toy", "--tokens", 0], "--tokens is 0: it must be at least 1."),
+        ("trace", ["toy", "--most", 0], "--most is 0: it must be at least 1."),
+        ("trace", ["toy", "--least", 2], "--least is 2.0: it must be at most 1."),
+        ("trace", ["toy", "--precision", -1], "--precision is -1.0: it must be at least 0."),
         ("trace", ["toy", "--figures", "c.txt"], "--figures is c.txt: give it a name that ends in .html."),
         ("report", ["s.zarr", "--text", "a.txt"], "--text is a.txt: patterns on it need --model."),
     ],
